@@ -1,0 +1,117 @@
+"""The one image format: labelled uint8 images in a Parquet file.
+
+One row per image: `image` (fixed_size_binary, height x width x 3 bytes, RGB, row-major),
+`label` (int64, -1 where there is none) and `index` (int64, the row's number in its source).
+The schema metadata holds `height`, `width`, `class_names` and `origin` as JSON.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tcore.files import InputError, atomic, require
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images with labels. `pixels` (N, H, W, 3) uint8, `labels` and `index` (N,) int64."""
+
+    pixels: np.ndarray
+    labels: np.ndarray
+    index: np.ndarray
+    class_names: tuple[str, ...]
+    origin: str
+
+    def __post_init__(self):
+        n = len(self.pixels)
+        if self.pixels.dtype != np.uint8 or self.pixels.ndim != 4 or self.pixels.shape[3] != 3:
+            raise InputError(
+                f"{self.origin}: pixels must be uint8 (N, H, W, 3), not {self.pixels.dtype} {self.pixels.shape}"
+            )
+        if self.labels.shape != (n,) or self.index.shape != (n,):
+            raise InputError(
+                f"{self.origin}: {n} images but {self.labels.shape} labels and {self.index.shape} indices"
+            )
+        if n and not -1 <= self.labels.min() <= self.labels.max() < max(len(self.class_names), 0):
+            raise InputError(
+                f"{self.origin}: labels {self.labels.min()}..{self.labels.max()} "
+                f"do not fit {len(self.class_names)} class names"
+            )
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @cached_property
+    def tensor(self):
+        """The images as a torch tensor (N, 3, H, W) uint8, channels last in memory, not copied."""
+        import torch
+
+        return torch.from_numpy(self.pixels).permute(0, 3, 1, 2)
+
+    @cached_property
+    def targets(self):
+        """The labels as a torch tensor (N,) int64."""
+        import torch
+
+        return torch.from_numpy(self.labels)
+
+    def select(self, rows) -> "ImageSet":
+        """The images at `rows` (indices or a boolean mask), in that order."""
+        return ImageSet(
+            self.pixels[rows], self.labels[rows], self.index[rows], self.class_names, self.origin
+        )
+
+
+def write_images(path: str | Path, images: ImageSet) -> None:
+    n, height, width, _ = images.pixels.shape
+    size = height * width * 3
+    pixels = np.ascontiguousarray(images.pixels)
+    column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(size), n, [None, pa.py_buffer(pixels)])
+    meta = {
+        "height": height,
+        "width": width,
+        "class_names": list(images.class_names),
+        "origin": images.origin,
+    }
+    schema = pa.schema(
+        [("image", pa.binary(size)), ("label", pa.int64()), ("index", pa.int64())],
+        metadata={key: json.dumps(value) for key, value in meta.items()},
+    )
+    table = pa.table([column, pa.array(images.labels), pa.array(images.index)], schema=schema)
+    with atomic(path) as temporary:
+        pq.write_table(table, temporary, compression="none", use_dictionary=False, row_group_size=10_000)
+
+
+def read_images(path: str | Path) -> ImageSet:
+    require(path)
+    try:
+        table = pq.read_table(path)
+        meta = {key.decode(): json.loads(value) for key, value in table.schema.metadata.items() if key != b"pandas"}
+        height, width = meta["height"], meta["width"]
+        column = table["image"].combine_chunks()
+        if not pa.types.is_fixed_size_binary(column.type) or column.type.byte_width != height * width * 3:
+            raise InputError(f"{path}: column 'image' is {column.type}, expected {height * width * 3} bytes a row")
+    except (KeyError, AttributeError, ValueError, pa.ArrowException) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{path}: not an image file of this project ({error}); foreign files enter through config/datasets.yaml"
+        ) from error
+    buffer = column.buffers()[1]
+    pixels = np.frombuffer(buffer, np.uint8, count=len(column) * column.type.byte_width) if len(column) else np.empty(0, np.uint8)
+    return ImageSet(
+        pixels=pixels.reshape(-1, height, width, 3).copy(),
+        labels=table["label"].to_numpy().copy(),
+        index=table["index"].to_numpy().copy(),
+        class_names=tuple(meta["class_names"]),
+        origin=meta["origin"],
+    )

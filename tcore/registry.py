@@ -1,0 +1,37 @@
+"""Methods are found by file name: `tcore/<family>/<name>.py` is the method `<name>`.
+
+There is no list to edit and nothing is imported until it is asked for, so a new file
+is a new method and changes nothing about the others.
+"""
+
+import difflib
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+from tcore.files import InputError
+
+ROOT = Path(__file__).parent
+
+
+def names(family: str) -> list[str]:
+    """The methods of a family such as 'dataset_attacks' or 'data/sources', sorted."""
+    return sorted(p.stem for p in (ROOT / family).glob("*.py") if not p.stem.startswith("_"))
+
+
+def check(family: str, name: str) -> str:
+    """`name`, or an error that lists what there is and suggests the nearest."""
+    known = names(family)
+    if name in known:
+        return name
+    near = difflib.get_close_matches(str(name), known, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise InputError(f"unknown name {name!r} among {family}: {hint}known: {', '.join(known)}")
+
+
+def path(family: str, name: str) -> Path:
+    return ROOT / family / f"{check(family, name)}.py"
+
+
+def load(family: str, name: str) -> ModuleType:
+    return importlib.import_module(f"tcore.{family.replace('/', '.')}.{check(family, name)}")
