@@ -16,7 +16,7 @@ from pathlib import Path
 from tcore import registry
 from tcore.files import InputError
 
-FAMILIES = ("encoder_attacks", "dataset_attacks", "defenses", "stages", "models")
+FAMILIES = ("data/sources", "pretraining", "encoder_attacks", "dataset_attacks", "defenses", "stages", "models")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,54 @@
+# Secure transfer learning with T-Core, from data sets to the report: `snakemake --cores all`.
+import sys
+from pathlib import Path
+from shlex import quote
+
+from snakemake.utils import min_version
+
+min_version("9.27")
+
+
+configfile: "config/config.yaml"
+
+
+container: "workflow/tcore.sif"  # used with --sdm apptainer only; recipe: workflow/tcore.def
+
+
+# One victim; a pathvar, so that rules write data/results/<cell>/...
+CELL = "{pretrain}-{encoder_attack}/{downstream}-{dataset_attack}/{seed}"
+
+
+pathvars:
+    cell=CELL,
+    logs="data/logs",
+
+
+# Steps run with this Python and with the library beside this file, whatever else is installed.
+sys.path.insert(0, str(workflow.basedir))
+shell.prefix(
+    "set -euo pipefail; "
+    f"export PATH={quote(str(Path(sys.executable).parent))}:$PATH PYTHONPATH={quote(str(workflow.basedir))}; "
+)
+
+
+include: "rules/common.smk"
+include: "rules/datasets.smk"
+include: "rules/encoders.smk"
+include: "rules/poisoning.smk"
+include: "rules/user.smk"
+include: "rules/tcore.smk"
+include: "rules/evaluation.smk"
+
+
+# `dvc commit` wants every folder that it tracks, also after a run that stopped early.
+onstart:
+    for family in ("datasets", "encoders", "poisoned", "defended", "results"):
+        Path("data", family).mkdir(parents=True, exist_ok=True)
+
+
+rule all:
+    default_target: True
+    input:
+        "data/results/report.html",
+    message:
+        "Done. Open {input}"

@@ -1,0 +1,189 @@
+# The experiment's grid, and how rules find out what they need: their digest of code, settings and files.
+import json
+
+from snakemake.exceptions import WorkflowError
+
+from tcore import grid, provenance, registry
+from tcore.config import validate
+from tcore.files import InputError
+
+try:
+    experiment = validate(config)
+except InputError as error:
+    raise WorkflowError(str(error)) from None
+
+CELLS = grid.cells(experiment)
+CELLS_OF_TCORE = CELLS[CELLS["defense"] == "tcore"]
+
+
+wildcard_constraints:
+    dataset="|".join(experiment["datasets"]),
+    pretrain="|".join(CELLS["pretrain"].unique()),
+    downstream="|".join(CELLS["downstream"].unique()),
+    encoder_attack="|".join({"clean", *CELLS["encoder_attack"]}),
+    dataset_attack="|".join({"clean", *CELLS["dataset_attack"]}),
+    defense="|".join(CELLS["defense"].unique()),
+    seed="[0-9]+",
+
+
+def code(script, *attacks):
+    """The digest of a rule's script and of the methods that its wildcards `attacks` name."""
+
+    def digest(wildcards):
+        return provenance.code(script, *(f"{attack}s/{wildcards[attack]}" for attack in attacks))
+
+    return digest
+
+
+def canonical(value):
+    """JSON with one text for equal values, because Snakemake compares texts."""
+    return json.dumps(value, sort_keys=True)
+
+
+def settings(*methods):
+    """The settings of several methods, by name."""
+    return canonical({method: experiment["methods"][method] for method in methods})
+
+
+def settings_of(attack):
+    """The settings of the one method that the wildcard `attack` names."""
+
+    def found(wildcards):
+        return canonical(experiment["methods"].get(wildcards[attack], {}))
+
+    return found
+
+
+def target(attacker):
+    """The class of the downstream set that an attacker ("encoder" or "dataset") aims at."""
+
+    def found(wildcards):
+        return experiment["datasets"][wildcards.downstream][f"{attacker}_target"]
+
+    return found
+
+
+def received(file):
+    """A file from the folder of the data set that a cell's user receives."""
+
+    def path(wildcards):
+        return f"data/{grid.received(**{part: wildcards[part] for part in grid.VICTIM})}/{file}"
+
+    return path
+
+
+def flags(*names):
+    """`--name path` for those inputs that a job has."""
+
+    def given(wildcards, input):
+        return " ".join(f"--{name.replace('_', '-')} {input[name]}" for name in names if input.get(name))
+
+    return given
+
+
+# Data sets and encoders
+
+
+def of_dataset(key):
+    """An entry of the data set that the wildcard names: its source, its settings, ..."""
+
+    def entry(wildcards):
+        return experiment["datasets"][wildcards.dataset][key]
+
+    return entry
+
+
+def archives(source):
+    """The archives of a data source by file name; a source without any is not imported (it may need torch)."""
+    if "\nARCHIVES" not in registry.path("data/sources", source).read_text():
+        return {}
+    return {archive.name: archive for archive in registry.load("data/sources", source).ARCHIVES}
+
+
+def of_archive(key):
+    """A field of the archive that the wildcards name: its url, its checksum."""
+
+    def field(wildcards):
+        return getattr(archives(wildcards.source)[wildcards.archive], key)
+
+    return field
+
+
+def archives_of_dataset(wildcards):
+    source = of_dataset("source")(wildcards)
+    return [f"data/archives/{source}/{name}" for name in archives(source)]
+
+
+def code_of_source(wildcards):
+    return provenance.code("prepare_dataset", f"data/sources/{of_dataset('source')(wildcards)}")
+
+
+def settings_of_source(wildcards):
+    return canonical(of_dataset("settings")(wildcards))
+
+
+def code_of_pretraining(wildcards):
+    return provenance.code("pretrain_encoder", f"pretraining/{experiment['pretraining']}")
+
+
+# Evaluation
+
+
+def of_tcore(file):
+    """A file that T-Core left behind on its way; other defences leave none."""
+
+    def path(wildcards):
+        return (
+            expand(f"data/defended/{CELL}/tcore/{file}", **wildcards) if wildcards.defense == "tcore" else []
+        )
+
+    return path
+
+
+def identity(wildcards):
+    """What a cell's rows in the results say about it."""
+    scenario = grid.scenario(wildcards.encoder_attack, wildcards.dataset_attack)
+    return canonical(dict(wildcards.items()) | {"seed": int(wildcards.seed), "scenario": scenario})
+
+
+def records(wildcards):
+    """The records of all steps behind all cells."""
+    everywhere = (
+        rules.pretrain_encoder,
+        rules.poison_encoder,
+        rules.extract_features,
+        rules.train_head,
+        rules.predict,
+        rules.evaluate,
+    )
+    found = {path for step in everywhere for path in expand(step.output.record, zip, **CELLS)}
+    for step in (rules.sift, rules.expand, rules.filter_channels, rules.bootstrap):
+        found.update(expand(step.output.record, zip, **CELLS_OF_TCORE))
+    found.update(map(received("poison_dataset.run.json"), CELLS.to_dict("records")))
+    found.update(
+        expand(rules.prepare_dataset.output.record, dataset={*CELLS["pretrain"], *CELLS["downstream"]})
+    )
+    return sorted(found)
+
+
+def shown(wildcards):
+    """What the report shows beside the results: triggers on test images, and T-Core's choices."""
+    found = {*expand(rules.poison_encoder.output.trigger, zip, **CELLS)}
+    found.update(expand(rules.prepare_dataset.output.test, dataset=set(CELLS["downstream"])))
+    for file in ("train.parquet", "truth.parquet", "trigger.safetensors"):
+        found.update(map(received(file), CELLS.to_dict("records")))
+    for choice in (
+        rules.sift.output.seeds,
+        rules.expand.output.subset,
+        rules.filter_channels.output.channels,
+        rules.bootstrap.output.pool,
+    ):
+        found.update(expand(choice, zip, **CELLS_OF_TCORE))
+    return sorted(found)
+
+
+def code_of_report(wildcards):
+    stamps = {
+        f"{attack}s/{name}" for attack in ("encoder_attack", "dataset_attack") for name in CELLS[attack]
+    }
+    return provenance.code("make_report", *stamps)

@@ -1,0 +1,94 @@
+# The evaluator: knows the triggers and the truth, and has a test set.
+
+
+rule predict:
+    input:
+        model="data/defended/<cell>/{defense}/model.safetensors",
+        test="data/datasets/{downstream}/test.parquet",
+        encoder_trigger="data/encoders/{pretrain}-{encoder_attack}/{downstream}/{seed}/trigger.safetensors",
+        dataset_trigger=received("trigger.safetensors"),
+    output:
+        predictions="data/results/<cell>/{defense}/predictions.parquet",
+        record="data/results/<cell>/{defense}/predict.run.json",
+    log:
+        "<logs>/predict/<cell>/{defense}.log",
+    threads: 8
+    resources:
+        gpu=1,
+    params:
+        code=code("predict", "encoder_attack", "dataset_attack"),
+    message:
+        "The evaluator tries clean and triggered test images: {wildcards.encoder_attack},"
+        " {wildcards.dataset_attack}, defence {wildcards.defense} (seed {wildcards.seed})"
+    shell:
+        "python scripts/predict.py --model {input.model} --test {input.test}"
+        " --encoder-trigger {input.encoder_trigger} --dataset-trigger {input.dataset_trigger}"
+        " --seed {wildcards.seed} --predictions {output.predictions} --record {output.record} > {log} 2>&1"
+
+
+rule evaluate:
+    input:
+        predictions="data/results/<cell>/{defense}/predictions.parquet",
+        truth=received("truth.parquet"),
+        encoder_trigger="data/encoders/{pretrain}-{encoder_attack}/{downstream}/{seed}/trigger.safetensors",
+        dataset_trigger=received("trigger.safetensors"),
+        seeds=of_tcore("seeds.parquet"),
+        subset=of_tcore("subset.parquet"),
+        pool=of_tcore("pool.parquet"),
+        channels=of_tcore("channels.safetensors"),
+    output:
+        metrics="data/results/<cell>/{defense}/metrics.parquet",
+        record="data/results/<cell>/{defense}/evaluate.run.json",
+    log:
+        "<logs>/evaluate/<cell>/{defense}.log",
+    params:
+        code=code("evaluate"),
+        identity=identity,
+        optional=flags("seeds", "subset", "pool", "channels"),
+    message:
+        "The evaluator measures: {wildcards.encoder_attack}, {wildcards.dataset_attack},"
+        " defence {wildcards.defense} (seed {wildcards.seed})"
+    shell:
+        "python scripts/evaluate.py --predictions {input.predictions} --truth {input.truth}"
+        " --encoder-trigger {input.encoder_trigger} --dataset-trigger {input.dataset_trigger} {params.optional}"
+        " --identity {params.identity:q} --metrics {output.metrics} --record {output.record} > {log} 2>&1"
+
+
+rule collect:
+    input:
+        metrics=expand(rules.evaluate.output.metrics, zip, **CELLS),
+        records=records,
+    output:
+        results="data/results/results.parquet",
+        summary="data/results/summary.json",
+        table="data/results/table.csv",
+        record="data/results/collect.run.json",
+    log:
+        "<logs>/collect.log",
+    params:
+        code=code("collect"),
+    message:
+        "Collecting all results"
+    shell:
+        "python scripts/collect.py --metrics {input.metrics} --records {input.records}"
+        " --results {output.results} --summary {output.summary} --table {output.table}"
+        " --record {output.record} > {log} 2>&1"
+
+
+rule make_report:
+    input:
+        results="data/results/results.parquet",
+        template="workflow/report.html.jinja",
+        shown=shown,
+    output:
+        output="data/results/report.html",
+        record="data/results/make_report.run.json",
+    log:
+        "<logs>/make_report.log",
+    params:
+        code=code_of_report,
+    message:
+        "Writing the report"
+    shell:
+        "python scripts/make_report.py --results {input.results} --data data"
+        " --output {output.output} --record {output.record} > {log} 2>&1"

@@ -1,0 +1,58 @@
+"""Backdoors a pre-trained encoder: what stranger one hands to the user."""
+
+import argparse
+import json
+from dataclasses import asdict
+
+from tcore import device as devices
+from tcore import registry, triggers
+from tcore.cli import run
+from tcore.data.images import read_images
+from tcore.encoder_attacks._references import choose_references
+from tcore.models.encoder import load_encoder, save_encoder
+from tcore.run import record
+from tcore.settings import resolve
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--encoder", required=True, help="clean encoder")
+    parser.add_argument("--shadow", required=True, help="images of the pre-training set (Parquet)")
+    parser.add_argument(
+        "--downstream", required=True, help="labelled images that the references come from (Parquet)"
+    )
+    parser.add_argument("--attack", required=True, help="file name in tcore/encoder_attacks")
+    parser.add_argument("--target", type=int, required=True, help="target class of the downstream task")
+    parser.add_argument(
+        "--settings", type=json.loads, default={}, help="JSON object of the attack's settings"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--encoder-out", required=True, help="out: the backdoored encoder")
+    parser.add_argument("--trigger", required=True, help="out: its trigger")
+    parser.add_argument("--record", required=True, help="out: the record of this step")
+    args = parser.parse_args()
+
+    attack = registry.load("encoder_attacks", args.attack)
+    settings = attack.Settings(**resolve(args.attack, args.settings, "--settings"))
+    device = devices.pick(args.device)
+    encoder = load_encoder(args.encoder)
+    size = encoder.image_size
+    trigger = attack.make_trigger(size, size, settings, args.seed)
+
+    described = {"attack": args.attack, "target": args.target, **asdict(settings)}
+    with record(args.record, "poison_encoder", described, args.seed, device) as log:
+        downstream = read_images(args.downstream)
+        rows = choose_references(encoder, downstream, args.target, settings.references, device)
+        references = downstream.tensor[rows]
+        shadow = read_images(args.shadow).tensor
+        encoder, training = attack.poison_encoder(
+            encoder, shadow, references, trigger, settings, args.seed, device
+        )
+        save_encoder(args.encoder_out, encoder.cpu())
+        triggers.save(args.trigger, trigger, "encoder_attacks", args.attack, args.target)
+        log |= {"references": downstream.index[rows.numpy()].tolist(), **training}
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,125 @@
+"""The experiment: checked as a whole before anything is planned, with all defaults written out."""
+
+import difflib
+import re
+from collections.abc import Collection
+
+from tcore import grid, registry, settings
+from tcore.files import InputError
+
+KEYS = (
+    "seeds",
+    "pairs",
+    "scenarios",
+    "encoder_attacks",
+    "dataset_attacks",
+    "defenses",
+    "pretraining",
+    "datasets",
+)
+BUILT_IN = ("none", "tcore")  # the defences that have rules of their own
+IMPLIED = ("clean", "adaptive")  # attacks that a scenario brings with it
+
+
+def validate(config: dict) -> dict:
+    """`config` with every method's and data set's settings in full.
+
+    Raises InputError, naming the key and the remedy, for anything unknown, missing, of the
+    wrong type or contradictory. What only the data can tell, such as a target class beyond
+    the last one, is left to the steps.
+    """
+    _mapping("config", config, KEYS, optional=("methods",))
+    sets = _datasets(config["datasets"])
+    for position, pair in enumerate(_list("pairs", config["pairs"], dict)):
+        where = f"pairs[{position}]"
+        _mapping(where, pair, ("pretrain", "downstream"))
+        for key, name in pair.items():
+            _known(f"{where}.{key}", name, sets)
+    for position, seed in enumerate(_list("seeds", config["seeds"], int)):
+        if seed < 0:
+            raise InputError(f"config: seeds[{position}] = {seed}: a seed is 0 or more")
+    choices = {
+        "scenarios": grid.SCENARIOS,
+        "encoder_attacks": [n for n in registry.names("encoder_attacks") if n not in IMPLIED],
+        "dataset_attacks": [n for n in registry.names("dataset_attacks") if n not in IMPLIED],
+        "defenses": [*BUILT_IN, *registry.names("defenses")],
+    }
+    for key, known in choices.items():
+        for name in _list(key, config[key], str):
+            _known(key, name, known)
+    _known("pretraining", config["pretraining"], registry.names("pretraining"))
+    for name in {pair["downstream"] for pair in config["pairs"]}:
+        _targets(name, sets[name], config["scenarios"])
+    return config | {"datasets": sets, "methods": _methods(config.get("methods") or {})}
+
+
+def _datasets(datasets: dict) -> dict:
+    if not isinstance(datasets, dict):
+        raise InputError(f"config: datasets should map names to sources, not {datasets!r}")
+    resolved = {}
+    for name, entry in datasets.items():
+        where = f"datasets.{name}"
+        if not re.fullmatch("[a-z0-9_]+", str(name)):
+            raise InputError(f"config: {where}: a name consists of a-z, 0-9 and _, because it becomes a folder")
+        _mapping(where, entry, ("source",), optional=("settings", "encoder_target", "dataset_target"))
+        _known(f"{where}.source", entry["source"], registry.names("data/sources"))
+        overrides = entry.get("settings") or {}
+        resolved[name] = entry | {"settings": _resolve(entry["source"], overrides, f"{where}.settings")}
+    return resolved
+
+
+def _methods(methods: dict) -> dict:
+    """The settings of all methods; those of data sources belong to a data set, not to a method."""
+    known = [name for name in settings.methods() if name not in registry.names("data/sources")]
+    _mapping("methods", methods, (), optional=known)
+    return {name: _resolve(name, methods.get(name) or {}, "methods") for name in known}
+
+
+def _resolve(method: str, overrides: dict, where: str) -> dict:
+    if not isinstance(overrides, dict):
+        raise InputError(f"config: {where}: expected settings of {method} as `name: value`, not {overrides!r}")
+    return settings.resolve(method, overrides, where)
+
+
+def _targets(name: str, entry: dict, scenarios: list[str]) -> None:
+    """The classes that the attackers of a downstream set aim at."""
+    for key in ("encoder_target", "dataset_target"):
+        target = entry.get(key)
+        if not isinstance(target, int) or isinstance(target, bool) or target < 0:
+            raise InputError(
+                f"config: datasets.{name}.{key} = {target!r}: a downstream set needs a class number, 0 or more"
+            )
+    if "T1+T2" in scenarios and entry["encoder_target"] == entry["dataset_target"]:
+        raise InputError(
+            f"config: datasets.{name}: encoder_target and dataset_target are both {entry['dataset_target']}; "
+            "independent attackers (T1+T2) aim at different classes"
+        )
+
+
+def _mapping(where: str, value, required: Collection[str], optional: Collection[str] = ()) -> None:
+    if not isinstance(value, dict):
+        raise InputError(f"config: {where} should be a mapping, not {value!r}")
+    prefix = "" if where == "config" else f"{where}."
+    for key in value:
+        _known(f"{prefix}{key}", key, [*required, *optional])
+    if missing := [key for key in required if key not in value]:
+        raise InputError(f"config: {prefix}{missing[0]} is missing")
+
+
+def _list(where: str, value, kind: type) -> list:
+    """`value` if it is a list of one or more different items of one kind."""
+    if not isinstance(value, list) or not value:
+        raise InputError(f"config: {where} should be a list with at least one entry, not {value!r}")
+    for position, item in enumerate(value):
+        if type(item) is not kind:
+            raise InputError(f"config: {where}[{position}] = {item!r} should be of type {kind.__name__}")
+        if item in value[:position]:
+            raise InputError(f"config: {where}[{position}] = {item!r} stands there twice")
+    return value
+
+
+def _known(where: str, name, known: Collection[str]) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(str(name), list(known), n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise InputError(f"config: {where}: unknown name {name!r}: {hint}known: {', '.join(known) or 'none'}")

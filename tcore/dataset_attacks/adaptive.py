@@ -1,0 +1,37 @@
+"""Adaptive (Threat 3): the data set is poisoned with the encoder attack's own trigger and target.
+
+There is no stamp here: the trigger stays the encoder attack's and is saved under its name.
+"""
+
+from dataclasses import dataclass
+
+from tcore.data.images import ImageSet
+from tcore.files import InputError
+from tcore.poisoning import Poisoned, dirty_label
+from tcore.triggers import Stamp, Trigger
+
+
+@dataclass(frozen=True)
+class Settings:
+    ratio: float = 0.2  # share of poisons in the target class after poisoning [T-Core, 5.1]
+
+
+def poison(
+    images: ImageSet,
+    target: int | None,
+    settings: Settings,
+    seed: int,
+    encoder_trigger: tuple[Stamp | None, Trigger, dict] | None = None,
+) -> Poisoned:
+    """`encoder_trigger` is (stamp, tensors, meta); `target` is None or equal to the encoder attack's."""
+    stamp, trigger, meta = encoder_trigger or (None, {}, {})
+    if stamp is None:
+        raise InputError(
+            "adaptive needs the trigger of an encoder attack other than clean (--encoder-trigger)"
+        )
+    if target not in (None, meta["target"]):
+        raise InputError(
+            f"adaptive: target = {target}, but the encoder attack's is {meta['target']}; make them equal"
+        )
+    owner = (meta["family"], meta["attack"])
+    return dirty_label(images, meta["target"], settings.ratio, seed, stamp, trigger, owner)

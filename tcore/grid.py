@@ -1,0 +1,55 @@
+"""The experiment grid: one row per result, and where a cell's received data set lies.
+
+A scenario is a consequence of two attack names, so it is a column here and never a part
+of a path: what two scenarios share is computed once.
+"""
+
+from itertools import product
+
+import pandas as pd
+
+SCENARIOS = ("clean", "T1", "T2", "T3", "T1+T2")
+VICTIM = ("pretrain", "encoder_attack", "downstream", "dataset_attack", "seed")
+COLUMNS = ("pretrain", "downstream", "encoder_attack", "dataset_attack", "scenario", "defense", "seed")
+
+
+def scenario(encoder_attack: str, dataset_attack: str) -> str:
+    """The threat that a pair of attacks amounts to.
+
+    T1: the encoder is poisoned; T2: the data set; T3: the data set with the encoder's own trigger
+    (`adaptive`); T1+T2: both, independently.
+    """
+    if dataset_attack == "adaptive":
+        return "T3"
+    threats = [encoder_attack != "clean" and "T1", dataset_attack != "clean" and "T2"]
+    return "+".join(filter(None, threats)) or "clean"
+
+
+def cells(config: dict) -> pd.DataFrame:
+    """One row per (pretrain, downstream, encoder_attack, dataset_attack, defense, seed) of a resolved configuration."""
+    encoder_attacks, dataset_attacks = config["encoder_attacks"], config["dataset_attacks"]
+    attacks = {
+        "clean": (["clean"], ["clean"]),
+        "T1": (encoder_attacks, ["clean"]),
+        "T2": (["clean"], dataset_attacks),
+        "T3": (encoder_attacks, ["adaptive"]),
+        "T1+T2": (encoder_attacks, dataset_attacks),
+    }
+    rows = [
+        (pair["pretrain"], pair["downstream"], *attack, scenario(*attack), defense, seed)
+        for pair in config["pairs"]
+        for name in config["scenarios"]
+        for attack in product(*attacks[name])
+        for defense in config["defenses"]
+        for seed in config["seeds"]
+    ]
+    return pd.DataFrame(rows, columns=list(COLUMNS)).drop_duplicates(ignore_index=True)
+
+
+def received(pretrain: str, encoder_attack: str, downstream: str, dataset_attack: str, seed: int | str) -> str:
+    """The folder of the data set that a cell's user receives.
+
+    Only the adaptive attack knows the encoder attack; all other sets serve every encoder.
+    """
+    origin = f"{pretrain}-{encoder_attack}" if dataset_attack == "adaptive" else "any"
+    return f"poisoned/{origin}/{downstream}-{dataset_attack}/{seed}"

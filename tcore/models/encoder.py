@@ -1,0 +1,163 @@
+"""Encoders: residual networks that map images to features, normalisation inside.
+
+An `Encoder` takes float images in [0, 1], (N, 3, H, W), and returns features (N, d). The
+normalisation constants are buffers of the encoder, so triggers live in pixel space and
+nobody else has to know them. Parameter names are those of torchvision's ResNet.
+
+* resnet18: 3x3 stride-1 stem without max-pooling, widths 64 to 512, d = 512; what this
+  line of work uses at 32 px. 4 800 convolution channels, 9 600 batch-norm parameters.
+* resnet18_224: the usual stem (7x7, stride 2, max-pooling).
+* resnet_narrow: 3x3 stride-2 stem, one block a stage, widths 24 to 192, d = 192; small
+  enough for two CPU cores.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tcore.files import InputError, load_tensors, save_tensors
+
+
+@dataclass(frozen=True)
+class Architecture:
+    widths: tuple[int, ...]
+    blocks: tuple[int, ...]
+    stem: int  # kernel of the first convolution
+    stride: int  # its stride
+    pool: bool  # max-pooling after the stem
+
+
+ARCHITECTURES = {
+    "resnet18": Architecture((64, 128, 256, 512), (2, 2, 2, 2), stem=3, stride=1, pool=False),
+    "resnet18_224": Architecture((64, 128, 256, 512), (2, 2, 2, 2), stem=7, stride=2, pool=True),
+    "resnet_narrow": Architecture((24, 48, 96, 192), (1, 1, 1, 1), stem=3, stride=2, pool=False),
+}
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions and a shortcut."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.downsample = None
+        if stride != 1 or inputs != outputs:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(self.bn2(self.conv2(x)) + shortcut)
+
+
+class Encoder(nn.Module):
+    """`architecture` by name; `mean` and `std` per channel, of pixels in [0, 1]."""
+
+    def __init__(
+        self,
+        architecture: str,
+        image_size: int,
+        mean: tuple[float, ...] = (0.5, 0.5, 0.5),
+        std: tuple[float, ...] = (0.25, 0.25, 0.25),
+    ):
+        super().__init__()
+        if architecture not in ARCHITECTURES:
+            raise InputError(f"unknown architecture {architecture!r}; known: {', '.join(ARCHITECTURES)}")
+        shape = ARCHITECTURES[architecture]
+        self.architecture, self.image_size = architecture, image_size
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        width = shape.widths[0]
+        self.conv1 = nn.Conv2d(3, width, shape.stem, shape.stride, shape.stem // 2, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.maxpool = nn.MaxPool2d(3, 2, 1) if shape.pool else nn.Identity()
+        for stage, (outputs, blocks) in enumerate(zip(shape.widths, shape.blocks, strict=True)):
+            layer = [
+                Block(width if b == 0 else outputs, outputs, 2 if stage and b == 0 else 1)
+                for b in range(blocks)
+            ]
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*layer))
+            width = outputs
+        self.dim = width
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = (images - self.mean) / self.std
+        x = self.maxpool(torch.relu(self.bn1(self.conv1(x))))
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+        return x.mean((2, 3))  # (N, d)
+
+    def description(self) -> dict:
+        """What `Encoder(**description)` needs to rebuild this module."""
+        return {
+            "architecture": self.architecture,
+            "image_size": self.image_size,
+            "mean": self.mean.flatten().tolist(),
+            "std": self.std.flatten().tolist(),
+        }
+
+
+def floats(images: Tensor) -> Tensor:
+    """uint8 images as float32 in [0, 1]."""
+    return images.float().div_(255)
+
+
+@torch.no_grad()
+def extract_features(encoder: Encoder, images: Tensor, batch: int = 512) -> Tensor:
+    """Features (N, d) float32 of uint8 images (N, 3, H, W), in eval mode, on the encoder's device."""
+    check_size(encoder, images)
+    device = encoder.mean.device
+    encoder.eval()
+    parts = [encoder(floats(part.to(device))).float() for part in images.split(batch)]
+    return torch.cat(parts) if parts else torch.empty(0, encoder.dim, device=device)
+
+
+def check_size(encoder: Encoder, images: Tensor) -> None:
+    size = (encoder.image_size, encoder.image_size)
+    if tuple(images.shape[-2:]) != size:
+        raise InputError(
+            f"the encoder takes {size[0]}x{size[1]} images, these are {images.shape[-2]}x{images.shape[-1]}; "
+            "set image_size in the data set's settings"
+        )
+
+
+def save_encoder(path: str | Path, encoder: Encoder) -> None:
+    save_tensors(path, encoder.state_dict(), kind="encoder", **encoder.description())
+
+
+def load_encoder(path: str | Path) -> Encoder:
+    """An encoder written by `save_encoder`, in eval mode."""
+    tensors, meta = load_tensors(path)
+    if meta.pop("kind", None) != "encoder":
+        raise InputError(f"{path}: not an encoder file; foreign checkpoints go through import_encoder.py first")
+    encoder = Encoder(**meta)
+    load_state(encoder, tensors, path)
+    return encoder.eval()
+
+
+def load_state(module: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
+    """`load_state_dict`, but an error names the file and what is missing, unexpected or misshapen."""
+    expected = module.state_dict()
+    problems = {
+        "missing": [k for k in expected if k not in tensors],
+        "unexpected": [k for k in tensors if k not in expected],
+        "of another shape": [
+            f"{k} {tuple(tensors[k].shape)} for {tuple(expected[k].shape)}"
+            for k in expected
+            if k in tensors and tensors[k].shape != expected[k].shape
+        ],
+    }
+    found = [f"{what}: {', '.join(keys[:4])}{' …' * (len(keys) > 4)}" for what, keys in problems.items() if keys]
+    if found:
+        raise InputError(f"{path}: its tensors do not fit the architecture; {'; '.join(found)}")
+    module.load_state_dict(tensors)

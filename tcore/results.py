@@ -1,0 +1,243 @@
+"""The evaluator's tables: the tidy rows of one cell, and what all cells add up to.
+
+A row is one number: the cell's identity, then `stage`, `step` (null where a stage has no
+steps), `metric`, `value` and, for shares over images, their Wilson interval `low`, `high`.
+
+stage       step            metrics
+test        -               acc; per trigger t: asr_t, asr_t_all, robust_t
+data        -               size, poisons, ... of the training set that the victim received
+sift        -               the same of the seeds
+expand      round           the same of the clean subset so far
+bootstrap   round           the same of the clean pool so far; without a round tpr and fpr of what it left out
+filter      convolution     channels, untrusted, mask_mean, mask_min (convolutions in name order, from 0)
+cost        -               seconds (sum), peak_ram_mb, peak_gpu_mb (maximum) of the defence's own steps
+
+A trigger t is `encoder` or `dataset`. In Threat 3 (`adaptive`) both attackers share one
+trigger and one target, so it is reported once, as `encoder`.
+"""
+
+import hashlib
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from tcore import metrics
+from tcore.files import InputError
+
+CELL = ["pretrain", "downstream", "encoder_attack", "dataset_attack", "scenario", "defense"]
+IDENTITY = [*CELL, "seed"]
+NUMBERS = ["stage", "step", "metric", "value", "low", "high"]
+OUTCOMES = ("acc", "asr_encoder", "asr_dataset")
+COSTS = {"seconds": "sum", "peak_ram_mb": "max", "peak_gpu_mb": "max"}
+
+
+def need(table: pd.DataFrame, columns: list[str], name: str | Path) -> pd.DataFrame:
+    missing = [column for column in columns if column not in table]
+    if missing:
+        raise InputError(f"{name}: no column {', '.join(missing)}; make the file anew with the workflow")
+    return table
+
+
+def _row(stage: str, step: int | None, metric: str, value, low=np.nan, high=np.nan) -> dict:
+    return dict(zip(NUMBERS, (stage, step, metric, float(value), low, high), strict=True))
+
+
+def _share(stage: str, metric: str, share: metrics.Share) -> dict:
+    return _row(stage, None, metric, share.value, share.low, share.high)
+
+
+def test_rows(predictions: pd.DataFrame, triggers: dict[str, dict], dataset_attack: str) -> list[dict]:
+    """Accuracy and attack success from predictions (`label`, `view`, `prediction`).
+
+    `triggers` maps "encoder" and "dataset" to the metadata of the trigger files.
+    """
+    views = {
+        view: (rows["prediction"].to_numpy(), rows["label"].to_numpy())
+        for view, rows in predictions.groupby("view")
+    }
+    wanted = {
+        name: meta
+        for name, meta in triggers.items()
+        if meta.get("attack") != "clean" and not (name == "dataset" and dataset_attack == "adaptive")
+    }
+    for view in ("clean", *(f"{name}_trigger" for name in wanted)):
+        if view not in views:
+            raise InputError(f"predictions: no row has view {view!r}; predict this cell anew")
+    rows = [_share("test", "acc", metrics.accuracy(*views["clean"]))]
+    for name, meta in wanted.items():
+        found, labels = views[f"{name}_trigger"]
+        target = meta["target"]
+        rows += [
+            _share("test", f"asr_{name}", metrics.attack_success_rate(found, labels, target)),
+            _share("test", f"asr_{name}_all", metrics.asr_all(found, target)),
+            _share("test", f"robust_{name}", metrics.robust_accuracy(found, labels, target)),
+        ]
+    return rows
+
+
+def _aligned(table: pd.DataFrame, truth: pd.DataFrame, name: str) -> pd.DataFrame:
+    """`table` with its rows in the order of `truth`, after a check that both speak of the same images."""
+    if table["index"].duplicated().any() or set(table["index"]) != set(truth["index"]):
+        raise InputError(f"{name}: its {len(table)} indices are not those of the {len(truth)} images in the truth")
+    return table.set_index("index").loc[truth["index"]].reset_index()
+
+
+def stage_rows(truth: pd.DataFrame, seeds: pd.DataFrame, subset: pd.DataFrame, pool: pd.DataFrame) -> list[dict]:
+    """Purity and class balance after every step of T-Core (columns as in docs/architecture.md)."""
+    seeds, subset, pool = (
+        _aligned(table, truth, name)
+        for table, name in ((seeds, "seeds"), (subset, "subset"), (pool, "pool"))
+    )
+    is_poison, is_cover = truth["is_poison"].to_numpy(bool), truth["is_cover"].to_numpy(bool)
+    labels = seeds["label"].to_numpy()
+
+    def rows(stage: str, step: int | None, chosen: np.ndarray) -> list[dict]:
+        found = metrics.purity(chosen, is_poison, is_cover)
+        found |= metrics.class_balance(labels[chosen], labels.max() + 1)
+        return [_row(stage, step, metric, value) for metric, value in found.items()]
+
+    table = rows("data", None, np.full(len(truth), True)) + rows("sift", None, seeds["trusted"].to_numpy(bool))
+    for stage, rounds in (("expand", subset["round"].to_numpy()), ("bootstrap", pool["round"].to_numpy())):
+        for step in range(1, rounds.max() + 1):
+            table += rows(stage, step, (rounds >= 0) & (rounds <= step))
+    tpr, fpr = metrics.detection(pool["round"].to_numpy() < 0, is_poison)
+    return [*table, _share("bootstrap", "tpr", tpr), _share("bootstrap", "fpr", fpr)]
+
+
+def layers(tensors: dict) -> list[str]:
+    """The convolutions of a channels file, numbers in their names in numerical order."""
+    names = [name.removeprefix("mask.") for name in tensors if name.startswith("mask.")]
+    return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
+
+
+def channel_rows(tensors: dict) -> list[dict]:
+    rows = []
+    for step, name in enumerate(layers(tensors)):
+        mask, untrusted = tensors[f"mask.{name}"], tensors[f"untrusted.{name}"]
+        found = {
+            "channels": len(mask),
+            "untrusted": untrusted.sum(),
+            "mask_mean": mask.mean(),
+            "mask_min": mask.min(),
+        }
+        rows += [_row("filter", step, metric, value) for metric, value in found.items()]
+    return rows
+
+
+def tidy(identity: dict, rows: list[dict]) -> pd.DataFrame:
+    wrong = set(IDENTITY) ^ set(identity)
+    if wrong:
+        raise InputError(f"--identity: needs exactly {', '.join(IDENTITY)}; check {', '.join(sorted(wrong))}")
+    table = pd.DataFrame(rows, columns=NUMBERS).astype({"step": "Int64"})
+    for position, column in enumerate(IDENTITY):
+        table.insert(position, column, identity[column])
+    return table
+
+
+def folders(cell: dict) -> dict[str, str]:
+    """The folders below data/ that a cell's result comes from (docs/architecture.md)."""
+    get = cell.__getitem__
+    victim = f"{get('pretrain')}-{get('encoder_attack')}/{get('downstream')}-{get('dataset_attack')}/{get('seed')}"
+    source = victim if get("dataset_attack") == "adaptive" else f"any/{victim.partition('/')[2]}"
+    return {
+        "pretraining": f"datasets/{get('pretrain')}",
+        "downstream": f"datasets/{get('downstream')}",
+        "clean_encoder": f"encoders/{get('pretrain')}-clean/{get('seed')}",
+        "encoder": f"encoders/{get('pretrain')}-{get('encoder_attack')}/{get('downstream')}/{get('seed')}",
+        "poisoned": f"poisoned/{source}",
+        "features": f"defended/{victim}",
+        "undefended": f"defended/{victim}/none",
+        "defended": f"defended/{victim}/{get('defense')}",
+        "results": f"results/{victim}/{get('defense')}",
+    }
+
+
+def by_folder(records: dict[Path, dict]) -> dict[str, list[dict]]:
+    """Run records under every tail of their folder's path, so `folders` finds them wherever data/ lies."""
+    found = defaultdict(list)
+    for path, record in sorted(records.items()):
+        parts = path.parent.parts
+        for start in range(len(parts)):
+            found["/".join(parts[start:])].append(record)
+    return found
+
+
+def lineage(cell: dict, found: dict[str, list[dict]]) -> list[dict]:
+    """The records of all steps that a cell depends on, each once."""
+    return [record for folder in dict.fromkeys(folders(cell).values()) for record in found.get(folder, [])]
+
+
+def versions(records: list[dict]) -> dict[str, str]:
+    """Package -> version; several versions joined by ' / '."""
+    seen = defaultdict(set)
+    for record in records:
+        for package, version in record["versions"].items():
+            seen[package].add(str(version))
+    return {package: " / ".join(sorted(found)) for package, found in sorted(seen.items())}
+
+
+def collect(tables: list[pd.DataFrame], records: dict[Path, dict]) -> pd.DataFrame:
+    """All cells in one table, with cost rows and the columns `config` and `versions`.
+
+    `config` digests the settings and seeds of every step behind the cell, so two rows with
+    the same value were made with the same experiment; `versions` is JSON.
+    """
+    found, parts = by_folder(records), []
+    for table in tables:
+        cell = table.iloc[0][IDENTITY].to_dict()
+        own = found.get(folders(cell)["defended"], [])
+        behind = lineage(cell, found)
+        values = {
+            metric: pd.Series([record[metric] for record in own], dtype=float).dropna().agg(how)
+            for metric, how in COSTS.items()
+        }
+        costs = tidy(cell, [_row("cost", None, metric, v) for metric, v in values.items() if own and not np.isnan(v)])
+        made = sorted(json.dumps([r["step"], r["seed"], r["settings"]], sort_keys=True) for r in behind)
+        parts.append(
+            pd.concat([table, costs], ignore_index=True).assign(
+                config=hashlib.sha256("\n".join(made).encode()).hexdigest()[:12],
+                versions=json.dumps(versions(behind)),
+            )
+        )
+    results = pd.concat(parts, ignore_index=True).sort_values(IDENTITY, kind="stable", ignore_index=True)
+    twice = results[results.duplicated([*IDENTITY, "stage", "step", "metric"])]
+    if len(twice):
+        raise InputError(f"--metrics: the cell {twice.iloc[0][IDENTITY].to_dict()} occurs twice; name each file once")
+    return results
+
+
+def summary(results: pd.DataFrame) -> dict:
+    """scenario -> defense -> metric -> mean over seeds, pairs and attacks."""
+    rows = results[(results["stage"] == "test") & results["metric"].isin(OUTCOMES)]
+    nested: dict = {}
+    for (scenario, defense, metric), value in rows.groupby(["scenario", "defense", "metric"])["value"].mean().items():
+        nested.setdefault(scenario, {}).setdefault(defense, {})[metric] = round(value, 6)
+    return nested
+
+
+def overview(results: pd.DataFrame) -> pd.DataFrame:
+    """One row per cell without its seed: mean, sd and 95 % interval of the outcomes, n seeds, mean cost.
+
+    The interval is Student's t over seeds; with a single seed it is that of the share over test images.
+    """
+    lines = []
+    for key, cell in results.groupby(CELL, sort=True):
+        line = dict(zip(CELL, key, strict=True)) | {"n": cell["seed"].nunique()}
+        for metric in OUTCOMES:
+            rows = cell[(cell["stage"] == "test") & (cell["metric"] == metric)]
+            values = rows["value"].to_numpy()
+            if len(values):
+                mean, low, high = metrics.t_interval(values)
+                if len(values) == 1:
+                    low, high = rows.iloc[0][["low", "high"]]
+                sd = values.std(ddof=1) if len(values) > 1 else np.nan
+            else:
+                mean = sd = low = high = np.nan
+            line |= {f"{metric}_mean": mean, f"{metric}_sd": sd, f"{metric}_low": low, f"{metric}_high": high}
+        cost = cell[cell["stage"] == "cost"].groupby("metric")["value"].mean()
+        lines.append(line | {metric: cost.get(metric, np.nan) for metric in COSTS})
+    return pd.DataFrame(lines).sort_values(["scenario", *CELL[:4], "defense"], ignore_index=True)

@@ -1,0 +1,51 @@
+"""The record of a step: what ran, on what, for how long."""
+
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from tcore.files import save_json
+
+PACKAGES = ("tcore", "torch", "numpy", "scikit-learn")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+@contextmanager
+def record(path: str | Path, step: str, settings: dict, seed: int, device=None) -> Iterator[dict]:
+    """Writes `path` (JSON) when the block ends well: settings, seed, versions, device, cost.
+
+    Yields a dict; what the block puts in it is written under `log`. `peak_ram_mb` is the
+    peak resident memory of the process, `peak_gpu_mb` what torch had allocated at most.
+    """
+    on_gpu = device is not None and device.type == "cuda"
+    log: dict = {}
+    start = time.perf_counter()
+    yield log
+    seconds = time.perf_counter() - start
+    if on_gpu:
+        import torch
+
+        gpu, gpu_mb = torch.cuda.get_device_name(device), torch.cuda.max_memory_allocated(device) / 2**20
+    save_json(
+        path,
+        {
+            "step": step,
+            "settings": settings,
+            "seed": seed,
+            "versions": {package: _version(package) for package in PACKAGES},
+            "device": gpu if on_gpu else "cpu",
+            "seconds": round(seconds, 3),
+            "peak_ram_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+            "peak_gpu_mb": round(gpu_mb, 1) if on_gpu else None,
+            "log": log,
+        },
+    )

@@ -1,0 +1,103 @@
+"""Seed expansion: from the seeds to the clean subset, by confusion training (paper: 4.1.2, Alg. 2).
+
+A head is trained on the untrusted data and then confused: it goes on learning the untrusted
+data while it learns wrong labels for the trusted samples,
+
+    min over the head   lambda CE(h(X), Y) + (1 - lambda) CE(h(X'), Y*)           (eq. 3)
+    (X, Y) of D \\ Dsub,  X' of Dsub with wrong labels Y*
+
+so it forgets the clean mapping and keeps the poisons': samples with a large loss under their
+own label are clean. Each round adds the `round_share` of D \\ Dsub with the largest loss,
+until Dsub holds `subset_share` of D. The encoder is frozen; all runs on cached features.
+
+Not in the paper, hence settings: lambda, steps, optimiser, how Y* is drawn, and whether the
+loss is ranked over all classes (the paper's algorithm, literally) or within each class.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from tcore import seeds
+from tcore.models import head as heads
+
+
+@dataclass(frozen=True)
+class Settings:
+    subset_share: float = 0.1  # q, size of the clean subset as a share of D [paper: 4.1.2; 5.2 says 0.2]
+    round_share: float = 0.05  # r_expand, share of the rest added per round [paper: App. A]
+    per_class: bool = True  # rank losses within each class [paper: over all classes]
+    trust: float = 0.05  # lambda of eq. 3, weight of the untrusted data [not in the paper]
+    wrong_label: str = "shifted"  # shifted: the prediction plus a rotating offset; random: any other class [not in the paper]
+    epochs: int = 20  # head training before each confusion [not in the paper]
+    steps: int = 500  # confusion steps [not in the paper]
+    lr: float = 1e-2  # SGD's rate in confusion, momentum 0.9 [not in the paper]
+    batch: int = 128  # images of either kind per confusion step [not in the paper]
+
+
+def confuse(
+    head: heads.Head, features: Tensor, labels: Tensor, subset: Tensor, settings: Settings, generator: torch.Generator
+) -> None:
+    """Confusion training of `head` in place; `subset` (n,) bool marks the trusted samples."""
+    device = features.device
+    inside, outside = subset.nonzero().flatten(), (~subset).nonzero().flatten()
+    classes = head.classes
+    optimizer = torch.optim.SGD(head.parameters(), settings.lr, momentum=0.9)
+    head.eval()  # no dropout: the loss that ranks the samples is the one that is trained
+    for step in range(settings.steps):
+        x = outside[torch.randint(len(outside), (settings.batch,), generator=generator).to(device)]
+        t = inside[torch.randint(len(inside), (settings.batch,), generator=generator).to(device)]
+        out = head(features[torch.cat([x, t])])
+        if settings.wrong_label == "shifted":
+            wrong = (out[len(x) :].argmax(1) + 1 + step % (classes - 1)) % classes
+        else:
+            offset = torch.randint(1, classes, (len(t),), generator=generator).to(device)
+            wrong = (labels[t] + offset) % classes
+        loss = settings.trust * F.cross_entropy(out[: len(x)], labels[x])
+        loss = loss + (1 - settings.trust) * F.cross_entropy(out[len(x) :], wrong)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+
+def highest(values: Tensor, candidates: Tensor, n: int, groups: Tensor | None = None) -> Tensor:
+    """Indices of the n candidates (bool) with the largest values; with groups, an even share of each.
+
+    Shares follow the groups' sizes among the candidates, by largest remainder.
+    """
+    values = values.masked_fill(~candidates, -torch.inf)
+    if groups is None:
+        return values.topk(n).indices
+    sizes = torch.bincount(groups[candidates])
+    exact = sizes * (n / sizes.sum())
+    quota = exact.floor().long()
+    rest = n - int(quota.sum())
+    quota[(exact - quota).topk(rest).indices] += 1
+    return torch.cat(
+        [values.masked_fill(groups != k, -torch.inf).topk(q).indices for k, q in enumerate(quota.tolist()) if q]
+    )
+
+
+def expand(
+    features: Tensor, labels: Tensor, trusted: Tensor, classes: int, settings: Settings, head: heads.Settings, seed: int
+) -> Tensor:
+    """Round (n,) int64 in which each sample joined the clean subset: 0 a seed, -1 never."""
+    n, target = len(labels), int(settings.subset_share * len(labels))
+    rounds = torch.where(trusted, 0, -1)
+    with tqdm(total=target, initial=int(trusted.sum()), desc="expand", unit="sample") as bar:
+        while (size := int((rounds >= 0).sum())) < target:
+            number = int(rounds.max()) + 1
+            stream = ("expand", number)
+            subset = rounds >= 0
+            model = heads.new_head(features.shape[1], classes, head, seed, *stream)
+            heads.fit_head(model, features[~subset], labels[~subset], settings.epochs, seed, *stream, bar=False)
+            confuse(model, features, labels, subset, settings, seeds.generator(seed, *stream, "confusion"))
+            with torch.no_grad():
+                loss = F.cross_entropy(model(features), labels, reduction="none")
+            add = min(max(1, int(settings.round_share * (n - size))), target - size)
+            rounds[highest(loss, ~subset, add, labels if settings.per_class else None)] = number
+            bar.update(add)
+    return rounds

@@ -1,0 +1,126 @@
+"""Topological Invariance Sifting: the first trusted samples of each class (paper: 4.1.1, Alg. 1).
+
+On the suspect classifier's activations at L layers (encoder output, the head's first two
+layers; A_l is (n, d_l)) a clean sample keeps its place, a poison is moved between them:
+
+    majority     B_k = intersection over l of the largest DBSCAN cluster of A_l[D_k]
+    consistency  s(x) = | NN_1(x) & ... & NN_L(x) & D_k |,  NN_l the m nearest of all of D
+    seeds        the floor(share |D_k|) members of B_k with the largest s
+
+The paper states neither DBSCAN's radius nor what breaks ties. Here the radius of a class and
+layer is a percentile of the distances to the min_samples-th neighbour within the class,
+raised until the largest cluster holds half of the class; ties go to the smaller mean distance
+to the class's shared neighbours at layer 1; a B_k that is too small is filled up by s.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.cluster import DBSCAN
+from torch import Tensor
+
+from tcore.files import InputError
+from tcore.models.classifier import Classifier
+
+
+@dataclass(frozen=True)
+class Settings:
+    seed_share: float = 0.01  # alpha, share of each class that becomes seeds [paper: App. A]
+    neighbours: int = 50  # m, nearest neighbours per layer [paper: App. A]
+    min_samples: int = 5  # DBSCAN's core-point count, the point itself included [not in the paper]
+    radius_percentile: float = 90.0  # DBSCAN's radius, as a percentile of in-class neighbour distances [not in the paper]
+    block: int = 2048  # rows per block of the neighbour search (memory: block x n floats)
+
+
+def activations(model: Classifier, features: Tensor) -> list[Tensor]:
+    """Encoder output and the head's first two layers, each (n, d_l), eval mode."""
+    with torch.no_grad():
+        h1, h2, _ = model.eval().head.activations(features)
+    return [features, h1, h2]
+
+
+def nearest(points: Tensor, m: int, block: int) -> Tensor:
+    """Indices (n, m) of the m nearest other rows of points (n, d), Euclidean, nearest first."""
+    points = points - points.mean(0)
+    norms = points.square().sum(1)
+    found = []
+    for start in range(0, len(points), block):
+        part = points[start : start + block]
+        distance = norms - 2 * part @ points.T  # + |part|^2, the same for a whole row
+        rows = torch.arange(len(part), device=points.device)
+        distance[rows, start + rows] = torch.inf
+        found.append(distance.topk(m, largest=False).indices)
+    return torch.cat(found)
+
+
+def consistency(layers: list[Tensor], labels: Tensor, m: int, block: int) -> tuple[Tensor, Tensor]:
+    """For each sample: s(x), (n,) int64, and the mean distance at layer 1 to the neighbours counted."""
+    n = len(labels)
+    lists = [nearest(layer, m, block) for layer in layers]
+    scores, spreads = [], []
+    for start in range(0, n, block):
+        stop = min(start + block, n)
+        count = torch.zeros(stop - start, n, dtype=torch.uint8, device=labels.device)
+        for found in lists:
+            count.scatter_add_(1, found[start:stop], torch.ones_like(found[start:stop], dtype=torch.uint8))
+        # every layer's list holds a shared neighbour, so the first list finds them all
+        first = lists[0][start:stop]
+        shared = (count.gather(1, first) == len(lists)) & (labels[first] == labels[start:stop, None])
+        distance = (layers[0][start:stop, None] - layers[0][first]).norm(dim=2)
+        scores.append(shared.sum(1))
+        spreads.append((distance * shared).sum(1) / shared.sum(1).clamp(min=1))
+    return torch.cat(scores), torch.cat(spreads)
+
+
+def largest_cluster(points: np.ndarray, min_samples: int, percentile: float) -> np.ndarray:
+    """Members (boolean) of the largest DBSCAN cluster of points (n, d).
+
+    The radius is raised from `percentile` to 95 and 99 of the neighbour distances until
+    half of the points are in; failing that, all points are.
+    """
+    distance = torch.cdist(torch.from_numpy(points), torch.from_numpy(points)).numpy()
+    kth = np.partition(distance, min_samples - 1, axis=1)[:, min_samples - 1]
+    for level in sorted({percentile, 95.0, 99.0} - {p for p in (95.0, 99.0) if p < percentile}):
+        radius = max(np.percentile(kth, level), 1e-12)
+        cluster = DBSCAN(eps=radius, min_samples=min_samples, metric="precomputed").fit(distance).labels_
+        if (cluster >= 0).any():
+            members = cluster == np.bincount(cluster[cluster >= 0]).argmax()
+            if members.mean() >= 0.5:
+                return members
+    return np.ones(len(points), bool)
+
+
+def sift(layers: list[Tensor], labels: Tensor, settings: Settings) -> pd.DataFrame:
+    """A row per sample: index, label, in_core (majority rule), score (s), trusted (a seed)."""
+    classes, sizes = labels.unique(return_counts=True)
+    least = int(np.ceil(1 / settings.seed_share))
+    if (sizes < least).any():
+        small = {int(k): int(size) for k, size in zip(classes, sizes, strict=True) if size < least}
+        raise InputError(
+            f"sift.seed_share {settings.seed_share} gives no seed in classes with fewer than {least} images "
+            f"(class: images {small}); raise it, or leave these classes out"
+        )
+    m = min(settings.neighbours, len(labels) - 1)
+    score, spread = consistency(layers, labels, m, settings.block)
+    core = torch.ones(len(labels), dtype=torch.bool)
+    trusted = torch.zeros(len(labels), dtype=torch.bool)
+    for k, size in zip(classes.tolist(), sizes.tolist(), strict=True):
+        members = (labels == k).nonzero().flatten()
+        for layer in layers:
+            inside = largest_cluster(layer[members].cpu().numpy(), settings.min_samples, settings.radius_percentile)
+            core[members.cpu()] &= torch.from_numpy(inside)
+        rank = np.lexsort(
+            (spread[members].cpu().numpy(), -score[members].cpu().numpy(), ~core[members.cpu()].numpy())
+        )
+        trusted[members.cpu()[torch.from_numpy(rank[: int(settings.seed_share * size)].copy())]] = True
+    return pd.DataFrame(
+        {
+            "index": np.arange(len(labels)),
+            "label": labels.cpu().numpy(),
+            "in_core": core.numpy(),
+            "score": score.cpu().numpy(),
+            "trusted": trusted.numpy(),
+        }
+    )
