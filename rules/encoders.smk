@@ -42,8 +42,8 @@ rule poison_encoder:
         settings=settings_of("encoder_attack"),
         target=target("encoder"),
     message:
-        "Stranger one hands over the {wildcards.pretrain} encoder: attack {wildcards.encoder_attack},"
-        " aimed at class {params.target} of {wildcards.downstream} (seed {wildcards.seed})"
+        "Stranger one hands over the {wildcards.pretrain} encoder: attack {wildcards.encoder_attack}"
+        " (seed {wildcards.seed})"
     shell:
         "python scripts/poison_encoder.py --encoder {input.encoder} --shadow {input.shadow}"
         " --downstream {input.downstream} --attack {wildcards.encoder_attack} --target {params.target}"

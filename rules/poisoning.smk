@@ -17,8 +17,8 @@ rule poison_dataset:
         target=target("dataset"),
         optional=flags("encoder_trigger"),
     message:
-        "Stranger two hands over {wildcards.downstream}: attack {wildcards.dataset_attack},"
-        " aimed at class {params.target} (seed {wildcards.seed})"
+        "Stranger two hands over {wildcards.downstream}: attack {wildcards.dataset_attack}"
+        " (seed {wildcards.seed})"
     shell:
         "python scripts/poison_dataset.py --images {input.images} {params.optional}"
         " --attack {wildcards.dataset_attack} --target {params.target}"

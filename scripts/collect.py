@@ -21,7 +21,8 @@ def main() -> None:
 
     with record(args.record, "collect", {}, None):
         tables = [
-            results.need(load_table(path), [*results.IDENTITY, *results.NUMBERS], path) for path in args.metrics
+            results.need(load_table(path), [*results.IDENTITY, *results.NUMBERS], path)
+            for path in args.metrics
         ]
         found = results.collect(tables, {path: load_json(path) for path in args.records})
         save_table(args.results, found)

@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from tcore import results
+from tcore import results, triggers
 from tcore.cli import run
 from tcore.files import InputError, load_table, load_tensors, save_table
 from tcore.run import record
@@ -15,8 +15,12 @@ def main() -> None:
     parser.add_argument("--truth", required=True)
     parser.add_argument("--encoder-trigger", required=True)
     parser.add_argument("--dataset-trigger", required=True)
-    stages = [parser.add_argument(f"--{name}", help="of T-Core") for name in ("seeds", "subset", "pool", "channels")]
-    parser.add_argument("--identity", type=json.loads, required=True, help=f"JSON with {', '.join(results.IDENTITY)}")
+    stages = [
+        parser.add_argument(f"--{name}", help="of T-Core") for name in ("seeds", "subset", "pool", "channels")
+    ]
+    parser.add_argument(
+        "--identity", type=json.loads, required=True, help=f"JSON with {', '.join(results.IDENTITY)}"
+    )
     parser.add_argument("--metrics", required=True)
     parser.add_argument("--record", required=True)
     args = parser.parse_args()
@@ -25,12 +29,14 @@ def main() -> None:
         raise InputError(f"--{' --'.join(given)}: T-Core's four files go together; give all or none")
 
     with record(args.record, "evaluate", {}, args.identity.get("seed")):
-        predictions = results.need(load_table(args.predictions), ["label", "view", "prediction"], args.predictions)
-        triggers = {
-            "encoder": load_tensors(args.encoder_trigger)[1],
-            "dataset": load_tensors(args.dataset_trigger)[1],
+        predictions = results.need(
+            load_table(args.predictions), ["label", "view", "prediction"], args.predictions
+        )
+        metas = {
+            "encoder": triggers.load(args.encoder_trigger)[1],
+            "dataset": triggers.load(args.dataset_trigger)[1],
         }
-        rows = results.test_rows(predictions, triggers, args.identity.get("dataset_attack"))
+        rows = results.test_rows(predictions, metas, args.identity.get("dataset_attack"))
         if given:
             columns = {
                 args.truth: ["index", "is_poison", "is_cover"],

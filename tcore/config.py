@@ -34,7 +34,7 @@ def validate(config: dict) -> dict:
         where = f"pairs[{position}]"
         _mapping(where, pair, ("pretrain", "downstream"))
         for key, name in pair.items():
-            _known(f"{where}.{key}", name, sets)
+            _known(f"{where}.{key}", name, list(sets))
     for position, seed in enumerate(_list("seeds", config["seeds"], int)):
         if seed < 0:
             raise InputError(f"config: seeds[{position}] = {seed}: a seed is 0 or more")
@@ -60,7 +60,9 @@ def _datasets(datasets: dict) -> dict:
     for name, entry in datasets.items():
         where = f"datasets.{name}"
         if not re.fullmatch("[a-z0-9_]+", str(name)):
-            raise InputError(f"config: {where}: a name consists of a-z, 0-9 and _, because it becomes a folder")
+            raise InputError(
+                f"config: {where}: a name consists of a-z, 0-9 and _, because it becomes a folder"
+            )
         _mapping(where, entry, ("source",), optional=("settings", "encoder_target", "dataset_target"))
         _known(f"{where}.source", entry["source"], registry.names("data/sources"))
         overrides = entry.get("settings") or {}
@@ -77,7 +79,7 @@ def _methods(methods: dict) -> dict:
 
 def _resolve(method: str, overrides: dict, where: str) -> dict:
     if not isinstance(overrides, dict):
-        raise InputError(f"config: {where}: expected settings of {method} as `name: value`, not {overrides!r}")
+        raise InputError(f"config: {where}: settings of {method} are a mapping, not {overrides!r}")
     return settings.resolve(method, overrides, where)
 
 
@@ -87,7 +89,7 @@ def _targets(name: str, entry: dict, scenarios: list[str]) -> None:
         target = entry.get(key)
         if not isinstance(target, int) or isinstance(target, bool) or target < 0:
             raise InputError(
-                f"config: datasets.{name}.{key} = {target!r}: a downstream set needs a class number, 0 or more"
+                f"config: datasets.{name}.{key} = {target!r}: a downstream set needs a class number"
             )
     if "T1+T2" in scenarios and entry["encoder_target"] == entry["dataset_target"]:
         raise InputError(

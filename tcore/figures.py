@@ -19,7 +19,7 @@ INK, MUTED, RULE, GOOD, BAD, PAPER = ROLES = tuple(f"#0a0b0{i}" for i in range(1
 VARIABLES = dict(zip(ROLES, ("ink", "muted", "rule", "good", "bad", "paper"), strict=True))
 STYLE = {
     "svg.fonttype": "none",
-    "font.size": 8,
+    "font.size": 9,
     "axes.edgecolor": RULE,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -33,6 +33,8 @@ STYLE = {
     "ytick.major.size": 0,
     "lines.solid_capstyle": "round",
 }
+SMALL = 8
+matplotlib.rcParams.update(STYLE)  # this module alone draws
 
 
 def image_uri(pixels: np.ndarray) -> str:
@@ -43,20 +45,19 @@ def image_uri(pixels: np.ndarray) -> str:
 
 
 def _panel(width: float, height: float):
-    """(figure, axes) of this size in inches, with the page's style."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
-        axes = figure.subplots()
-        axes.set_facecolor("none")
-        axes.grid(axis="y", color=RULE, linewidth=0.5)
-        axes.set_axisbelow(True)
+    """(figure, axes) of this size in inches."""
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
+    axes = figure.subplots()
+    axes.set_facecolor("none")
+    axes.grid(axis="y", color=RULE, linewidth=0.5)
+    axes.set_axisbelow(True)
     return figure, axes
 
 
 def _svg(figure: Figure, label: str) -> str:
     """The figure as an SVG element that fills its container up to its natural width."""
     buffer = io.StringIO()
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": label}):
+    with matplotlib.rc_context({"svg.hashsalt": label}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
@@ -64,7 +65,9 @@ def _svg(figure: Figure, label: str) -> str:
         text = text.replace(colour, f"var(--{name})")
     width, _ = figure.get_size_inches()
     head = f'<svg role="img" aria-label="{html.escape(label)}" style="max-width:{width * 96:.0f}px"'
-    return re.sub(r'<svg height="[^"]*"|<svg', head, re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2), count=1)
+    return re.sub(
+        r'<svg height="[^"]*"|<svg', head, re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2), count=1
+    )
 
 
 def _percent(axis, top: float = 1.0) -> None:
@@ -75,29 +78,37 @@ def _percent(axis, top: float = 1.0) -> None:
 def before_after(rows: list[dict], line: float | None, label: str, low: float = 0.0) -> str:
     """A dumbbell per row: `name`, `before`, `after` and `bad`; hollow = before, filled = after.
 
-    `line` draws a threshold; a `bad` row is drawn as a square in the warning colour.
+    `line` draws a threshold, `low` is where the axis starts; a `bad` row ends in a square
+    in the warning colour.
     """
-    figure, axes = _panel(4.4, 0.55 + 0.3 * len(rows))
+    figure, axes = _panel(5.2, 0.6 + 0.29 * len(rows))
+    right = axes.get_yaxis_transform()
     for y, row in enumerate(rows):
         colour, marker = (BAD, "s") if row["bad"] else (GOOD, "o")
         axes.plot([row["before"], row["after"]], [y, y], color=RULE, linewidth=2.5, zorder=1)
-        axes.plot(row["before"], y, "o", mfc=PAPER, mec=MUTED, ms=6, zorder=2)
-        axes.plot(row["after"], y, marker, color=colour, ms=6.5, zorder=3)
-        right = row["after"] >= row["before"]
-        axes.annotate(
-            f"{100 * row['after']:.1f}", (row["after"], y), (7 if right else -7, 0),
-            textcoords="offset points", ha="left" if right else "right", va="center", fontweight="bold", color=colour,
-        )  # fmt: skip
-        axes.annotate(
-            f"{100 * row['before']:.1f}", (row["before"], y), (-7 if right else 7, 0),
-            textcoords="offset points", ha="right" if right else "left", va="center", color=MUTED,
-        )  # fmt: skip
+        axes.plot(row["before"], y, "o", mfc=PAPER, mec=MUTED, ms=6, zorder=2, clip_on=False)
+        axes.plot(row["after"], y, marker, color=colour, ms=6.5, zorder=3, clip_on=False)
+        for text, place, style in (
+            (f"{100 * row['before']:.1f}", 34, {"color": MUTED}),
+            ("→", 47, {"color": MUTED}),
+            (f"{100 * row['after']:.1f}", 77, {"color": colour, "weight": "bold"}),
+        ):
+            axes.annotate(
+                text,
+                (1, y),
+                (place, 0),
+                xycoords=right,
+                textcoords="offset points",
+                ha="right",
+                va="center",
+                **style,
+            )
     if line is not None:
         axes.axvline(line, color=BAD, linewidth=0.8, linestyle=(0, (3, 3)), zorder=0)
-        axes.text(line, -0.75, f" {line:.0%} line".replace("%", " %"), color=BAD, fontsize=7, va="center")
+        axes.text(line, -0.8, f" {100 * line:.0f} %", color=BAD, fontsize=SMALL, va="center")
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
     axes.set_ylim(len(rows) - 0.4, -1.0)
-    axes.set_xlim(low - 0.13 * (1 - low), 1 + 0.13 * (1 - low))
+    axes.set_xlim(low, 1)
     axes.tick_params(axis="y", labelcolor=INK)
     axes.grid(visible=False)
     axes.spines["left"].set_visible(False)
@@ -105,35 +116,42 @@ def before_after(rows: list[dict], line: float | None, label: str, low: float = 
     return _svg(figure, label)
 
 
-def purity(steps: list[dict], total: int, poisons: int, label: str) -> str:
+def purity(stages: dict[str, list[dict]], total: int, poisons: int, label: str) -> str:
     """Shares of all images and of all poisons that are in the trusted set, step by step.
 
-    `steps` have `stage`, `size` and `poisons`. A choice blind to poisons would let the
-    two lines run together.
+    `stages` maps a stage's title to its steps, each with `size` and `poisons`. A choice
+    blind to poisons would let the two lines run together.
     """
-    figure, axes = _panel(3.7, 2.35)
-    x = np.arange(len(steps))
+    figure, axes = _panel(4.4, 2.4)
+    # Every stage gets room for its title, and more where it has more steps.
+    widths = [0.2 + 0.4 * len(steps) / sum(map(len, stages.values())) for steps in stages.values()]
+    ends = np.cumsum(widths)
+    x = np.concatenate(
+        [end - width + width * (np.arange(len(steps)) + 0.5) / len(steps)
+         for end, width, steps in zip(ends, widths, stages.values(), strict=True)]
+    )  # fmt: skip
+    for end, width, title in zip(ends, widths, stages, strict=True):
+        axes.text(end - width / 2, 1.05, title, ha="center", va="bottom", fontsize=SMALL, color=MUTED)
+        if end < ends[-1]:
+            axes.axvline(end, color=RULE, linewidth=0.8)
+    steps = [step for found in stages.values() for step in found]
     lines = [("size", total, GOOD, "images", "-")]
     if poisons:
         lines.append(("poisons", poisons, BAD, "poisons", (0, (4, 1.5))))
-    ends = []
+    last = []
     for key, whole, colour, name, style in lines:
         y = np.array([step[key] for step in steps]) / whole
         axes.plot(x, y, color=colour, linewidth=1.8, linestyle=style, clip_on=False)
         axes.plot(x[-1], y[-1], "o", color=colour, ms=4, clip_on=False)
-        ends.append((y[-1], f"{name}\n{100 * y[-1]:.1f} %, {steps[-1][key]:,}", colour))
-    shift = 0.11 - abs(ends[0][0] - ends[-1][0]) / 2 if len(ends) > 1 and abs(ends[0][0] - ends[-1][0]) < 0.22 else 0
-    for y, text, colour in ends:
-        up = shift if y == max(end[0] for end in ends) else -shift
-        axes.annotate(text, (x[-1], max(y + up, 0.07)), (6, 0), textcoords="offset points", va="center", color=colour)
-    stages = [step["stage"] for step in steps]
-    for stage in dict.fromkeys(stages):
-        first, last = stages.index(stage), len(stages) - 1 - stages[::-1].index(stage)
-        if first:
-            axes.axvline(first - 0.5, color=RULE, linewidth=0.8)
-        axes.text((first + last) / 2, 1.06, stage, ha="center", va="bottom", fontsize=7, color=MUTED)
+        last.append((y[-1], f"{name}\n{100 * y[-1]:.1f} %, {steps[-1][key]:,}", colour))
+    last.sort(key=lambda end: end[0])
+    heights = [max(height, 0.07) for height, _, _ in last]
+    if len(last) == 2 and heights[1] - heights[0] < 0.24:
+        heights = [heights[1] - 0.24, heights[1]] if heights[1] > 0.3 else [heights[0], heights[0] + 0.24]
+    for height, (_, text, colour) in zip(heights, last, strict=True):
+        axes.text(ends[-1] * 1.02, height, text, va="center", color=colour)
     axes.set_ylim(0, 1)
-    axes.set_xlim(-0.5, len(steps) - 0.5)
+    axes.set_xlim(0, ends[-1])
     axes.set_xticks([])
     axes.spines["left"].set_visible(False)
     _percent(axes.yaxis)
@@ -142,25 +160,25 @@ def purity(steps: list[dict], total: int, poisons: int, label: str) -> str:
 
 def masks(layers: list[tuple[str, np.ndarray, np.ndarray]], label: str) -> str:
     """Per convolution (name, mask (C,), untrusted (C,)) its masks in rising order, untrusted ones marked."""
-    columns = 3
-    with matplotlib.rc_context(STYLE):
-        lines = -(-len(layers) // columns)
-        figure = Figure(figsize=(7.4, 0.72 * lines + 0.1), layout="constrained", facecolor="none")
-        grid = figure.subplots(lines, columns, squeeze=False).ravel()
+    columns = 4
+    lines = -(-len(layers) // columns)
+    figure = Figure(figsize=(10.9, 0.85 * lines + 0.1), layout="constrained", facecolor="none")
+    figure.get_layout_engine().set(wspace=0.06, hspace=0.08)
+    grid = figure.subplots(lines, columns, squeeze=False).ravel()
     for axes in grid:
         axes.set_axis_off()
     for axes, (name, mask, untrusted) in zip(grid, layers, strict=False):
-        order = np.lexsort((mask, ~untrusted))
-        mask, count = mask[order], int(untrusted.sum())
+        mask, count = mask[np.lexsort((mask, ~untrusted))], int(untrusted.sum())
         edges = np.arange(len(mask) + 1) / len(mask)
-        axes.stairs(np.ones(len(mask)), edges, fill=True, color=RULE, alpha=0.35, linewidth=0)
-        axes.stairs(mask[count:], edges[count:], fill=True, color=GOOD, linewidth=0)
+        axes.plot([0, 1], [0, 0], [0, 1], [1, 1], color=RULE, linewidth=0.6)
+        axes.stairs(mask[count:], edges[count:], baseline=None, color=GOOD, linewidth=1.3)
         if count:
             axes.stairs(mask[:count], edges[: count + 1], fill=True, color=BAD, linewidth=0)
-            axes.plot([0, edges[count]], [-0.1, -0.1], color=BAD, linewidth=2.2, solid_capstyle="butt")
-        axes.set_title(name, loc="left", fontsize=7, color=MUTED, pad=2)
-        axes.set_title(f"{count} of {len(mask)}", loc="right", fontsize=7, color=BAD, pad=2)
-        axes.set(xlim=(0, 1), ylim=(-0.18, 1))
+        axes.set_title(name, loc="left", fontsize=SMALL, color=INK, pad=3)
+        axes.set_title(
+            f"{count} of {len(mask)}", loc="right", fontsize=SMALL, color=BAD if count else MUTED, pad=3
+        )
+        axes.set(xlim=(0, 1), ylim=(-0.05, 1.05))
     return _svg(figure, label)
 
 
@@ -169,7 +187,7 @@ def classes(counts: dict[str, np.ndarray], names: tuple[str, ...], marked: dict[
 
     `marked` are classes to name: index -> text.
     """
-    figure, axes = _panel(3.7, 2.1)
+    figure, axes = _panel(4.4, 2.4)
     order = np.argsort(-counts["received"], kind="stable")
     x = np.arange(len(order))
     share = {name: count[order] / max(count.sum(), 1) for name, count in counts.items()}
@@ -177,16 +195,23 @@ def classes(counts: dict[str, np.ndarray], names: tuple[str, ...], marked: dict[
     axes.plot(x, share["subset"], "o", mfc="none", mec=MUTED, ms=4, linestyle="none")
     axes.plot(x, share["pool"], "o", color=GOOD, ms=3, linestyle="none")
     top = max(values.max() for values in share.values())
-    for index, text in marked.items():
+    for line, (index, text) in enumerate(marked.items()):
         position = int(np.flatnonzero(order == index)[0])
-        height = max(values[position] for values in share.values())
-        axes.annotate(
-            f"{names[index]}\n({text})", (position, height), (0, 5), textcoords="offset points",
-            ha="left" if position < len(order) / 2 else "right", va="bottom", fontsize=7, color=BAD,
-        )  # fmt: skip
-    axes.set_ylim(0, top * 1.3)
+        height = top * (1.3 - 0.14 * line)
+        axes.plot([position, position], [0, height], color=BAD, linewidth=0.8, zorder=0)
+        left = position < len(order) / 2
+        axes.text(
+            position,
+            height,
+            f"  {names[index]}, {text}  ",
+            ha="left" if left else "right",
+            va="center",
+            fontsize=SMALL,
+            color=BAD,
+        )
+    axes.set_ylim(0, top * 1.38)
     axes.set_xticks([])
-    axes.set_xlabel(f"{len(order)} classes, most frequent first", fontsize=7)
+    axes.set_xlabel(f"{len(order)} classes, most frequent first", fontsize=SMALL)
     axes.spines["left"].set_visible(False)
     axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
     axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, symbol=" %"))

@@ -61,7 +61,7 @@ def load_tensors(path: str | Path) -> tuple[dict, dict]:
         with safe_open(path, framework="pt") as file:
             meta = json.loads((file.metadata() or {}).get("tcore", "{}"))
             return {name: file.get_tensor(name) for name in file.keys()}, meta
-    except SafetensorError as error:
+    except (SafetensorError, json.JSONDecodeError) as error:
         raise InputError(f"{path}: not a readable safetensors file ({error})") from error
 
 
@@ -86,5 +86,5 @@ def save_json(path: str | Path, value) -> None:
 def load_json(path: str | Path):
     try:
         return json.loads(require(path).read_text())
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid JSON ({error})") from error

@@ -26,7 +26,7 @@ def scenario(encoder_attack: str, dataset_attack: str) -> str:
 
 
 def cells(config: dict) -> pd.DataFrame:
-    """One row per (pretrain, downstream, encoder_attack, dataset_attack, defense, seed) of a resolved configuration."""
+    """One row per result of a resolved configuration, with `COLUMNS`."""
     encoder_attacks, dataset_attacks = config["encoder_attacks"], config["dataset_attacks"]
     attacks = {
         "clean": (["clean"], ["clean"]),
@@ -46,7 +46,9 @@ def cells(config: dict) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(COLUMNS)).drop_duplicates(ignore_index=True)
 
 
-def received(pretrain: str, encoder_attack: str, downstream: str, dataset_attack: str, seed: int | str) -> str:
+def received(
+    pretrain: str, encoder_attack: str, downstream: str, dataset_attack: str, seed: int | str
+) -> str:
     """The folder of the data set that a cell's user receives.
 
     Only the adaptive attack knows the encoder attack; all other sets serve every encoder.

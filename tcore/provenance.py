@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def code(script: str, *methods: str) -> str:
@@ -40,9 +41,8 @@ def _scan(path: Path) -> tuple[str, tuple[Path, ...]]:
     tree = ast.parse(path.read_text())
     imports = tuple({file for name in _imported(tree, path) for file in _files(name)})
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            if ast.get_docstring(node, clean=False) is not None:
-                del node.body[0]
+        if isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None:
+            del node.body[0]
     return hashlib.sha256(ast.unparse(tree).encode()).hexdigest(), imports
 
 

@@ -14,13 +14,14 @@ import pandas as pd
 import torch
 from markupsafe import Markup
 
-from tcore import figures, registry, results
+from tcore import figures, results, triggers
 from tcore.data.images import ImageSet, read_images
 from tcore.files import InputError, load_json, load_table, load_tensors
 
 ASR_LINE = 0.10  # a defence has failed where an attack succeeds more often than this
 ACC_LOSS = 0.05  # ... or where it costs more accuracy than this
 WEAK = 0.50  # an attack that succeeds less often than this without a defence proves little
+RATES = {"asr_encoder": "the encoder's trigger", "asr_dataset": "the data set's trigger"}
 DETAILED = 12  # victims shown with pictures and curves
 SCENARIOS = {
     "clean": "nothing poisoned",
@@ -29,32 +30,33 @@ SCENARIOS = {
     "T3": "both poisoned, one shared trigger",
     "T1+T2": "both poisoned, a trigger each",
 }
-VICTIM = ["pretrain", "downstream", "encoder_attack", "dataset_attack", "scenario"]
-STAGE_NAMES = {"sift": "seeds", "expand": "clean subset", "bootstrap": "clean pool"}
+VICTIM = results.CELL[:-1]  # a cell without its defence
+STAGES = {"sift": "seeds", "expand": "clean subset", "bootstrap": "clean pool"}
 
 _read_images = lru_cache(maxsize=2)(read_images)
 
 
 def percent(value: float) -> str:
-    return "–" if pd.isna(value) else f"{100 * value:.1f}\u00a0%"
+    return "\u2013" if pd.isna(value) else f"{100 * value:.1f}\u00a0%"
 
 
 def points(change: float) -> str:
-    return f"{100 * change:+.1f}".replace("-", "−") + " points"
+    return f"{100 * change:+.1f}".replace("-", "\u2212") + " points"
 
 
-def _span(values: pd.Series) -> str:
-    """'9.1 %' for one value, else the mean with the range."""
+def _span(values: pd.Series, of: str = "") -> str:
+    """'9.1 % of cases' for one value, else the mean with the range."""
     values = values.dropna()
-    text = percent(values.mean())
-    return text if len(values) == 1 else f"{text} (from {percent(values.min())} to {percent(values.max())})"
+    text = percent(values.mean()) + of
+    if len(values) == 1:
+        return text
+    return f"{text} on average ({percent(values.min())} to {percent(values.max())})"
 
 
 def outcomes(table: pd.DataFrame) -> list[dict]:
     """Per victim and defence of `results.overview`: outcomes, change against no defence, verdict."""
     rows = []
     for key, group in table.groupby(VICTIM, sort=False):
-        group = group.sort_values("defense", key=lambda names: names != "none", kind="stable")
         bare = group[group["defense"] == "none"]
         for position, (_, line) in enumerate(group.iterrows()):
             row = dict(zip(VICTIM, key, strict=True)) | {"defense": line["defense"], "n": line["n"]}
@@ -64,7 +66,7 @@ def outcomes(table: pd.DataFrame) -> list[dict]:
                 before = bare[f"{metric}_mean"].iloc[0] if len(bare) else np.nan
                 row["numbers"][metric] = {"mean": mean, "low": low, "high": high, "before": before}
             found = row["numbers"]
-            row["missed"] = [m for m in results.OUTCOMES[1:] if found[m]["mean"] >= ASR_LINE]
+            row["missed"] = [m for m in RATES if found[m]["mean"] >= ASR_LINE]
             row["change"] = found["acc"]["mean"] - found["acc"]["before"]
             row["lossy"] = bool(row["change"] < -ACC_LOSS)
             rows.append(row)
@@ -72,66 +74,58 @@ def outcomes(table: pd.DataFrame) -> list[dict]:
 
 
 def _where(row: dict) -> str:
-    return f"{row['scenario']}, {row['encoder_attack']} + {row['dataset_attack']}, {row['pretrain']} → {row['downstream']}"
+    attacks = f"{row['encoder_attack']} + {row['dataset_attack']}"
+    return f"{row['scenario']}, {attacks}, {row['pretrain']} → {row['downstream']}"
 
 
 def narrative(table: pd.DataFrame, rows: list[dict]) -> dict[str, list[str]]:
-    """The summary in sentences, every number from the table: what was `run`, `bare`, `defended`, what `failed`."""
-    bare, guarded = [r for r in rows if r["defense"] == "none"], [r for r in rows if r["defense"] != "none"]
-    attack_rates = table[[f"{metric}_mean" for metric in results.OUTCOMES[1:]]]
+    """The summary in sentences, every number from `results.overview`.
+
+    What was `run`, how it went (`found`), where a defence or an attack `failed`.
+    """
     victims, seeds = len(table[VICTIM].drop_duplicates()), int(table["n"].max())
     pairs = [f"{a} → {b}" for a, b in table[VICTIM[:2]].drop_duplicates().itertuples(index=False)]
-    text = {
-        "run": [
-            f"An encoder is pre-trained by one stranger, a data set labelled by another, and a user joins the two: "
-            f"{', '.join(pairs)}. {victims} {'victim was' if victims == 1 else 'victims were'} built, "
-            f"{'each once' if seeds == 1 else f'each with {seeds} seeds'}, and trained without and with a defence."
-        ],
-        "bare": [],
-        "defended": [],
-        "failed": [],
-    }
-    without = table["defense"] == "none"
-    if without.any():
-        sentence = f"Without a defence, accuracy on clean test images is {_span(table.loc[without, 'acc_mean'])}"
-        rates = attack_rates[without].stack().dropna()
+    run = (
+        "One stranger pre-trains an encoder, another labels a data set, a user joins the two: "
+        f"{', '.join(pairs)}. {victims} {'case was' if victims == 1 else 'cases were'} built, "
+        f"{'each once' if seeds == 1 else f'each with up to {seeds} seeds'}."
+    )
+    found = []
+    for defense in table["defense"].drop_duplicates().sort_values(key=lambda names: names != "none"):
+        own = table[table["defense"] == defense]
+        with_it = "Without a defence" if defense == "none" else f"With {title(defense)}"
+        sentence = f"{with_it}, accuracy on clean test images is {_span(own['acc_mean'])}"
+        rates = own[[f"{metric}_mean" for metric in RATES]].stack().dropna()
         if len(rates):
-            sentence += f"; a trigger sends images of other classes to the attacker's class in {_span(rates)} of cases"
-        text["bare"].append(sentence + ".")
-    for defense in sorted({row["defense"] for row in guarded}):
-        own = table["defense"] == defense
-        rates = attack_rates[own].stack().dropna()
-        sentence = f"With {title(defense)}, accuracy is {_span(table.loc[own, 'acc_mean'])}"
-        if len(rates):
-            sentence += f" and triggers succeed in {_span(rates)} of cases"
-        text["defended"].append(sentence + ".")
-    for row in guarded:
-        for metric in row["missed"]:
-            text["failed"].append(
-                f"{title(row['defense'])} missed the {100 * ASR_LINE:.0f} % line: {_name(metric)} at "
-                f"{percent(row['numbers'][metric]['mean'])} ({_where(row)})."
+            sentence += (
+                f"; a triggered image is taken for the attacker's class in {_span(rates, ' of cases')}"
             )
-        if row["lossy"]:
-            text["failed"].append(
-                f"{title(row['defense'])} costs more than {100 * ACC_LOSS:.0f} points of accuracy: "
-                f"{points(row['change'])} ({_where(row)})."
+        found.append(sentence + ".")
+    return {"run": [run], "found": found, "failed": [text for row in rows for text in _failures(row)]}
+
+
+def _failures(row: dict) -> list[str]:
+    name, where, texts = title(row["defense"]), _where(row), []
+    for metric, trigger in RATES.items():
+        rate = row["numbers"][metric]["mean"]
+        if row["defense"] == "none" and rate < WEAK:
+            texts.append(
+                f"The attack itself is weak: {trigger} succeeds in only {percent(rate)} of cases "
+                f"without a defence ({where})."
             )
-    for row in bare:
-        for metric in results.OUTCOMES[1:]:
-            if row["numbers"][metric]["mean"] < WEAK:
-                text["failed"].append(
-                    f"The attack itself is weak: {_name(metric)} without a defence only "
-                    f"{percent(row['numbers'][metric]['mean'])} ({_where(row)}), so little follows from its defeat."
-                )
-    return text
+        if row["defense"] != "none" and metric in row["missed"]:
+            line = f"{100 * ASR_LINE:.0f} %"
+            texts.append(
+                f"{name} missed the {line} line: {trigger} succeeds in {percent(rate)} of cases ({where})."
+            )
+    if row["lossy"]:
+        limit = f"{100 * ACC_LOSS:.0f} points"
+        texts.append(f"{name} costs more than {limit} of accuracy: {points(row['change'])} ({where}).")
+    return texts
 
 
 def title(defense: str) -> str:
     return {"none": "no defence", "tcore": "T-Core"}.get(defense, defense)
-
-
-def _name(metric: str) -> str:
-    return {"asr_encoder": "the encoder's trigger", "asr_dataset": "the data set's trigger"}.get(metric, metric)
 
 
 def charts(rows: list[dict]) -> dict[str, Markup]:
@@ -147,19 +141,28 @@ def charts(rows: list[dict]) -> dict[str, Markup]:
         return {"name": " · ".join(parts), "before": number["before"], "after": number["mean"], "bad": bad}
 
     asr = [
-        line(row, metric, row["encoder_attack" if metric == "asr_encoder" else "dataset_attack"], metric in row["missed"])
+        line(
+            row,
+            metric,
+            row["encoder_attack" if metric == "asr_encoder" else "dataset_attack"],
+            metric in row["missed"],
+        )
         for row in guarded
-        for metric in results.OUTCOMES[1:]
+        for metric in RATES
     ]
     acc = [line(r, "acc", f"{r['encoder_attack']} + {r['dataset_attack']}", r["lossy"]) for r in guarded]
     asr, acc = ([x for x in found if not np.isnan(x["before"] + x["after"])] for found in (asr, acc))
     drawn = {}
     if asr:
-        drawn["asr"] = Markup(figures.before_after(asr, ASR_LINE, "Attack success without and with a defence"))
+        drawn["asr"] = Markup(
+            figures.before_after(asr, ASR_LINE, "Attack success without and with a defence")
+        )
     if acc:
         low = np.floor(10 * min(min(x["before"], x["after"]) for x in acc) - 0.5) / 10
         drawn["acc"] = Markup(
-            figures.before_after(acc, None, "Accuracy without and with a defence", low=max(0.0, min(low, 0.8)))
+            figures.before_after(
+                acc, None, "Accuracy without and with a defence", low=max(0.0, min(low, 0.8))
+            )
         )
     return drawn
 
@@ -178,13 +181,15 @@ def gallery(data: Path, cells: list[dict], notes: list[str], count: int = 6) -> 
                 continue
             test_path = data / places["downstream"] / "test.parquet"
             if not (path.is_file() and test_path.is_file()):
-                notes.append(f"No pictures of {cell[f'{side}_attack']}: its trigger or the test images are not there.")
+                notes.append(
+                    f"No pictures of {cell[f'{side}_attack']}: its trigger or the test images are not there."
+                )
                 continue
-            tensors, meta = load_tensors(path)
+            stamp, meta = triggers.load(path)
             test = _read_images(test_path)
             rows = _one_of_each(test, meta["target"], count)
             images = test.tensor[rows]
-            triggered = registry.load(meta["family"], meta["attack"]).stamp(images, tensors)
+            triggered = stamp(images)
             difference = (triggered.int() - images.int()).abs()
             factor = max(1, 255 // max(1, int(difference.max())))
             stacks = [images, triggered, (difference * factor).to(torch.uint8)]
@@ -197,7 +202,10 @@ def gallery(data: Path, cells: list[dict], notes: list[str], count: int = 6) -> 
                 "largest": int(difference.max()),
                 "touched": float((difference > 0).any(1).float().mean()),
                 "images": [
-                    {"name": test.class_names[label], "views": [figures.image_uri(_array(s[i])) for s in stacks]}
+                    {
+                        "name": test.class_names[label],
+                        "views": [figures.image_uri(_array(s[i])) for s in stacks],
+                    }
                     for i, label in enumerate(test.labels[rows])
                 ],
             }
@@ -211,96 +219,109 @@ def _array(image: torch.Tensor) -> np.ndarray:
 def _one_of_each(test: ImageSet, target: int, count: int) -> np.ndarray:
     """The first image of up to `count` classes other than the target, spread over the class list."""
     present, first = np.unique(test.labels, return_index=True)
-    first = first[present != target]
-    return first[np.unique(np.linspace(0, len(first) - 1, min(count, len(first))).astype(int))]
+    return _spread(first[present != target], count)
 
 
 def _spread(items: np.ndarray, count: int) -> np.ndarray:
     """Up to `count` of the items at even distances."""
-    return items[np.unique(np.linspace(0, len(items) - 1, min(count, len(items))).astype(int))] if len(items) else items
+    return items[np.unique(np.linspace(0, len(items) - 1, count).astype(int))] if len(items) else items
 
 
-def _steps(found: pd.DataFrame) -> tuple[list[dict], dict]:
-    """(`stage`, `size`, `poisons`) after every step of a cell's stages, and the same of the whole data set."""
+def _stages(found: pd.DataFrame) -> tuple[dict[str, list[dict]], dict]:
+    """`size` and `poisons` after every step of a cell's stages, and of the whole data set."""
     rows = found[found["metric"].isin(["size", "poisons"])].assign(step=found["step"].fillna(0))
     wide = rows.pivot_table(index=["stage", "step"], columns="metric", values="value").astype(int)
-    steps = [
-        {"stage": name} | line
-        for stage, name in STAGE_NAMES.items()
-        if stage in wide.index
-        for line in wide.loc[stage].to_dict("records")
-    ]
-    return steps, wide.loc["data"].to_dict("records")[0]
+    stages = {
+        title: wide.loc[stage].to_dict("records") for stage, title in STAGES.items() if stage in wide.index
+    }
+    return stages, wide.loc["data"].to_dict("records")[0]
+
+
+def _targets(data: Path, cell: dict) -> dict[int, str]:
+    """Class -> whose target it is."""
+    aims: dict[int, list[str]] = {}
+    for side, folder in (("encoder", "encoder"), ("data set", "poisoned")):
+        path = data / results.folders(cell)[folder] / "trigger.safetensors"
+        target = triggers.load(path)[1]["target"] if path.is_file() else None
+        if target is not None:
+            aims.setdefault(target, []).append(side)
+    return {target: f"target ({' and '.join(sides)})" for target, sides in aims.items()}
 
 
 def inside(found: pd.DataFrame, data: Path, cell: dict, notes: list[str]) -> dict | None:
-    """What happened inside one defended cell: purity, class balance, channels, what stayed outside."""
-    where = results.folders(cell)
-    folder, source = data / where["defended"], data / where["poisoned"]
-    files = [folder / f"{name}.parquet" for name in ("seeds", "subset", "pool")]
-    files += [folder / "channels.safetensors", source / "truth.parquet", source / "train.parquet"]
-    gone = [path.name for path in files if not path.is_file()]
-    if gone:
-        notes.append(f"No look inside {_where(cell)}: {', '.join(gone)} not there.")
-        return None
-    seeds, subset, pool, truth = (
-        load_table(path).set_index("index") for path in (files[0], files[1], files[2], files[4])
-    )
-    subset, pool, truth = (part.loc[seeds.index] for part in (subset, pool, truth))
-    steps, total = _steps(found)
-    name, poisons = _where(cell), total["poisons"]
-    tensors, _ = load_tensors(files[3])
-    layers = [
-        (name, tensors[f"mask.{name}"].numpy(), tensors[f"untrusted.{name}"].numpy().astype(bool))
-        for name in results.layers(tensors)
-    ]
-    images = _read_images(files[5])
-    targets = {}
-    for side, place in (("encoder", where["encoder"]), ("data set", where["poisoned"])):
-        path = data / place / "trigger.safetensors"
-        meta = load_tensors(path)[1] if path.is_file() else {}
-        if meta.get("target") is not None:
-            targets[meta["target"]] = f"{side} attack's target"
-    labels = seeds["label"].to_numpy()
-    counts = {
-        name: np.bincount(labels[chosen], minlength=images.num_classes)
-        for name, chosen in (
-            ("received", slice(None)),
-            ("subset", subset["round"].to_numpy() >= 0),
-            ("pool", pool["round"].to_numpy() >= 0),
+    """What happened inside one defended cell: purity, class balance, channels, what stayed outside.
+
+    `found` are the cell's rows of the results. None, and a note, where a file is missing.
+    """
+    name, place = _where(cell), results.folders(cell)
+    files = {
+        file: data / place[folder] / file
+        for folder, file in (
+            ("defended", "subset.parquet"),
+            ("defended", "pool.parquet"),
+            ("defended", "channels.safetensors"),
+            ("poisoned", "truth.parquet"),
+            ("poisoned", "train.parquet"),
         )
     }
+    gone = [file for file, path in files.items() if not path.is_file()]
+    if gone:
+        notes.append(f"No look inside {name}: {', '.join(gone)} not there.")
+        return None
+    images = _read_images(files["train.parquet"])
+    subset, pool, truth = (
+        load_table(files[f"{table}.parquet"]).set_index("index").loc[images.index]
+        for table in ("subset", "pool", "truth")
+    )
     mark = np.select([truth["is_poison"], truth["is_cover"]], ["poison", "cover"], "clean")
-    out = pool["round"].to_numpy() < 0
-    slipped = np.flatnonzero(~out & (mark == "poison"))
-    position = pd.Series(np.arange(len(images)), index=images.index)
+    trusted, poison = pool["round"].to_numpy() >= 0, mark == "poison"
+    sets = {
+        "received": np.full(len(images), True),
+        "subset": subset["round"].to_numpy() >= 0,
+        "pool": trusted,
+    }
+    counts = {
+        part: np.bincount(images.labels[chosen], minlength=images.num_classes)
+        for part, chosen in sets.items()
+    }
+    tensors, _ = load_tensors(files["channels.safetensors"])
+    layers = [
+        (layer, tensors[f"mask.{layer}"].numpy(), tensors[f"untrusted.{layer}"].numpy().astype(bool))
+        for layer in results.layers(tensors)
+    ]
+    stages, total = _stages(found)
 
     def pictures(rows: np.ndarray) -> list[dict]:
         return [
             {
-                "uri": figures.image_uri(images.pixels[position[seeds.index[row]]]),
+                "uri": figures.image_uri(images.pixels[row]),
                 "mark": mark[row],
-                "name": images.class_names[labels[row]],
+                "name": images.class_names[images.labels[row]],
             }
             for row in rows
         ]
 
+    purity = figures.purity(stages, total["size"], total["poisons"], f"Purity through the stages: {name}")
+    classes = figures.classes(
+        counts, images.class_names, _targets(data, cell), f"Share of each class: {name}"
+    )
     return {
         "title": name,
-        "scenario": cell["scenario"],
         "seed": cell["seed"],
-        "purity": Markup(figures.purity(steps, total["size"], poisons, f"Purity through the stages: {name}")),
-        "classes": Markup(figures.classes(counts, images.class_names, targets, f"Class balance: {name}")),
+        "purity": Markup(purity),
+        "classes": Markup(classes),
         "masks": Markup(figures.masks(layers, f"Channel masks: {name}")),
-        "untrusted": sum(int(u.sum()) for _, _, u in layers),
-        "channels": sum(len(u) for _, _, u in layers),
-        "poisons": poisons,
-        "left": int(out.sum()),
-        "left_poisons": int((out & (mark == "poison")).sum()),
-        "slipped": len(slipped),
-        "outside": pictures(_spread(np.flatnonzero(out), 16)),
-        "inside": pictures(_spread(slipped, 8)),
-        "empty": [images.class_names[i] for i in np.flatnonzero((counts["pool"] == 0) & (counts["received"] > 0))],
+        "untrusted": sum(int(untrusted.sum()) for _, _, untrusted in layers),
+        "channels": sum(len(untrusted) for _, _, untrusted in layers),
+        "poisons": int(poison.sum()),
+        "left": int((~trusted).sum()),
+        "left_poisons": int((poison & ~trusted).sum()),
+        "slipped": int((poison & trusted).sum()),
+        "outside": pictures(_spread(np.flatnonzero(~trusted), 12)),
+        "inside": pictures(_spread(np.flatnonzero(poison & trusted), 6)),
+        "empty": [
+            images.class_names[i] for i in np.flatnonzero((counts["pool"] == 0) & (counts["received"] > 0))
+        ],
     }
 
 
@@ -316,19 +337,28 @@ def costs(records: list[dict]) -> list[dict]:
         ram=("peak_ram_mb", "max"),
         gpu=("peak_gpu_mb", "max"),
     )
-    return steps.assign(part=steps["total"] / steps["total"].max()).sort_values("total", ascending=False).reset_index().to_dict("records")
+    return (
+        steps.assign(part=steps["total"] / steps["total"].max())
+        .sort_values("total", ascending=False)
+        .reset_index()
+        .to_dict("records")
+    )
 
 
 def provenance(found: pd.DataFrame, records: list[dict]) -> dict:
     settings: dict[str, set] = {}
     for record in records:
-        settings.setdefault(record["step"], set()).add(json.dumps(record["settings"], indent=1, sort_keys=True))
+        settings.setdefault(record["step"], set()).add(
+            json.dumps(record["settings"], indent=1, sort_keys=True)
+        )
     return {
         "versions": results.versions(records),
         "devices": sorted({record["device"] for record in records}),
         "seeds": sorted(int(seed) for seed in found["seed"].unique()),
         "configs": found.drop_duplicates(results.IDENTITY)[[*results.IDENTITY, "config"]].to_dict("records"),
-        "settings": {step: sorted(texts - {"{}"}) for step, texts in sorted(settings.items()) if texts - {"{}"}},
+        "settings": {
+            step: sorted(texts - {"{}"}) for step, texts in sorted(settings.items()) if texts - {"{}"}
+        },
     }
 
 
@@ -338,10 +368,10 @@ def build(found: pd.DataFrame, data: Path) -> dict:
         raise InputError("--results: no cell in it; run at least one scenario")
     overview = results.overview(found)
     rows, notes = outcomes(overview), []
-    cells = found.drop_duplicates(results.IDENTITY)[results.IDENTITY].sort_values("seed", kind="stable")
-    victims = cells.drop_duplicates(VICTIM).sort_index().to_dict("records")
+    cells = overview[results.CELL].merge(found[results.IDENTITY].drop_duplicates())
+    victims = cells.drop_duplicates(VICTIM).to_dict("records")
     with_stages = cells.merge(found.loc[found["stage"] == "sift", results.IDENTITY].drop_duplicates())
-    opened = with_stages.drop_duplicates([*VICTIM, "defense"]).sort_values(VICTIM[::-1]).to_dict("records")
+    opened = with_stages.drop_duplicates([*VICTIM, "defense"]).to_dict("records")
     if len(opened) > DETAILED:
         notes.append(f"Pictures and curves for the first {DETAILED} of {len(opened)} defended victims.")
     details = []

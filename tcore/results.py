@@ -25,11 +25,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from tcore import metrics
+from tcore import grid, metrics
 from tcore.files import InputError
 
-CELL = ["pretrain", "downstream", "encoder_attack", "dataset_attack", "scenario", "defense"]
-IDENTITY = [*CELL, "seed"]
+IDENTITY = list(grid.COLUMNS)
+CELL = IDENTITY[:-1]  # without the seed
 NUMBERS = ["stage", "step", "metric", "value", "low", "high"]
 OUTCOMES = ("acc", "asr_encoder", "asr_dataset")
 COSTS = {"seconds": "sum", "peak_ram_mb": "max", "peak_gpu_mb": "max"}
@@ -82,15 +82,18 @@ def test_rows(predictions: pd.DataFrame, triggers: dict[str, dict], dataset_atta
 def _aligned(table: pd.DataFrame, truth: pd.DataFrame, name: str) -> pd.DataFrame:
     """`table` with its rows in the order of `truth`, after a check that both speak of the same images."""
     if table["index"].duplicated().any() or set(table["index"]) != set(truth["index"]):
-        raise InputError(f"{name}: its {len(table)} indices are not those of the {len(truth)} images in the truth")
+        raise InputError(
+            f"{name}: its {len(table)} indices are not those of the {len(truth)} images in the truth"
+        )
     return table.set_index("index").loc[truth["index"]].reset_index()
 
 
-def stage_rows(truth: pd.DataFrame, seeds: pd.DataFrame, subset: pd.DataFrame, pool: pd.DataFrame) -> list[dict]:
+def stage_rows(
+    truth: pd.DataFrame, seeds: pd.DataFrame, subset: pd.DataFrame, pool: pd.DataFrame
+) -> list[dict]:
     """Purity and class balance after every step of T-Core (columns as in docs/architecture.md)."""
     seeds, subset, pool = (
-        _aligned(table, truth, name)
-        for table, name in ((seeds, "seeds"), (subset, "subset"), (pool, "pool"))
+        _aligned(table, truth, name) for table, name in ((seeds, "seeds"), (subset, "subset"), (pool, "pool"))
     )
     is_poison, is_cover = truth["is_poison"].to_numpy(bool), truth["is_cover"].to_numpy(bool)
     labels = seeds["label"].to_numpy()
@@ -100,7 +103,9 @@ def stage_rows(truth: pd.DataFrame, seeds: pd.DataFrame, subset: pd.DataFrame, p
         found |= metrics.class_balance(labels[chosen], labels.max() + 1)
         return [_row(stage, step, metric, value) for metric, value in found.items()]
 
-    table = rows("data", None, np.full(len(truth), True)) + rows("sift", None, seeds["trusted"].to_numpy(bool))
+    table = rows("data", None, np.full(len(truth), True)) + rows(
+        "sift", None, seeds["trusted"].to_numpy(bool)
+    )
     for stage, rounds in (("expand", subset["round"].to_numpy()), ("bootstrap", pool["round"].to_numpy())):
         for step in range(1, rounds.max() + 1):
             table += rows(stage, step, (rounds >= 0) & (rounds <= step))
@@ -111,7 +116,9 @@ def stage_rows(truth: pd.DataFrame, seeds: pd.DataFrame, subset: pd.DataFrame, p
 def layers(tensors: dict) -> list[str]:
     """The convolutions of a channels file, numbers in their names in numerical order."""
     names = [name.removeprefix("mask.") for name in tensors if name.startswith("mask.")]
-    return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
+    return sorted(
+        names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    )
 
 
 def channel_rows(tensors: dict) -> list[dict]:
@@ -140,19 +147,19 @@ def tidy(identity: dict, rows: list[dict]) -> pd.DataFrame:
 
 def folders(cell: dict) -> dict[str, str]:
     """The folders below data/ that a cell's result comes from (docs/architecture.md)."""
-    get = cell.__getitem__
-    victim = f"{get('pretrain')}-{get('encoder_attack')}/{get('downstream')}-{get('dataset_attack')}/{get('seed')}"
-    source = victim if get("dataset_attack") == "adaptive" else f"any/{victim.partition('/')[2]}"
+    pretrain, downstream, seed = cell["pretrain"], cell["downstream"], cell["seed"]
+    encoder = f"{pretrain}-{cell['encoder_attack']}"
+    victim = f"{encoder}/{downstream}-{cell['dataset_attack']}/{seed}"
     return {
-        "pretraining": f"datasets/{get('pretrain')}",
-        "downstream": f"datasets/{get('downstream')}",
-        "clean_encoder": f"encoders/{get('pretrain')}-clean/{get('seed')}",
-        "encoder": f"encoders/{get('pretrain')}-{get('encoder_attack')}/{get('downstream')}/{get('seed')}",
-        "poisoned": f"poisoned/{source}",
+        "pretraining": f"datasets/{pretrain}",
+        "downstream": f"datasets/{downstream}",
+        "clean_encoder": f"encoders/{pretrain}-clean/{seed}",
+        "encoder": f"encoders/{encoder}/{downstream}/{seed}",
+        "poisoned": grid.received(**{part: cell[part] for part in grid.VICTIM}),
         "features": f"defended/{victim}",
         "undefended": f"defended/{victim}/none",
-        "defended": f"defended/{victim}/{get('defense')}",
-        "results": f"results/{victim}/{get('defense')}",
+        "defended": f"defended/{victim}/{cell['defense']}",
+        "results": f"results/{victim}/{cell['defense']}",
     }
 
 
@@ -195,7 +202,9 @@ def collect(tables: list[pd.DataFrame], records: dict[Path, dict]) -> pd.DataFra
             metric: pd.Series([record[metric] for record in own], dtype=float).dropna().agg(how)
             for metric, how in COSTS.items()
         }
-        costs = tidy(cell, [_row("cost", None, metric, v) for metric, v in values.items() if own and not np.isnan(v)])
+        costs = tidy(
+            cell, [_row("cost", None, metric, v) for metric, v in values.items() if own and not np.isnan(v)]
+        )
         made = sorted(json.dumps([r["step"], r["seed"], r["settings"]], sort_keys=True) for r in behind)
         parts.append(
             pd.concat([table, costs], ignore_index=True).assign(
@@ -206,7 +215,9 @@ def collect(tables: list[pd.DataFrame], records: dict[Path, dict]) -> pd.DataFra
     results = pd.concat(parts, ignore_index=True).sort_values(IDENTITY, kind="stable", ignore_index=True)
     twice = results[results.duplicated([*IDENTITY, "stage", "step", "metric"])]
     if len(twice):
-        raise InputError(f"--metrics: the cell {twice.iloc[0][IDENTITY].to_dict()} occurs twice; name each file once")
+        raise InputError(
+            f"--metrics: the cell {twice.iloc[0][IDENTITY].to_dict()} occurs twice; name each file once"
+        )
     return results
 
 
@@ -214,7 +225,9 @@ def summary(results: pd.DataFrame) -> dict:
     """scenario -> defense -> metric -> mean over seeds, pairs and attacks."""
     rows = results[(results["stage"] == "test") & results["metric"].isin(OUTCOMES)]
     nested: dict = {}
-    for (scenario, defense, metric), value in rows.groupby(["scenario", "defense", "metric"])["value"].mean().items():
+    for (scenario, defense, metric), value in (
+        rows.groupby(["scenario", "defense", "metric"])["value"].mean().items()
+    ):
         nested.setdefault(scenario, {}).setdefault(defense, {})[metric] = round(value, 6)
     return nested
 
@@ -222,7 +235,8 @@ def summary(results: pd.DataFrame) -> dict:
 def overview(results: pd.DataFrame) -> pd.DataFrame:
     """One row per cell without its seed: mean, sd and 95 % interval of the outcomes, n seeds, mean cost.
 
-    The interval is Student's t over seeds; with a single seed it is that of the share over test images.
+    The interval is Student's t over seeds, cut to [0, 1]; with a single seed it is that of the
+    share over test images.
     """
     lines = []
     for key, cell in results.groupby(CELL, sort=True):
@@ -234,10 +248,13 @@ def overview(results: pd.DataFrame) -> pd.DataFrame:
                 mean, low, high = metrics.t_interval(values)
                 if len(values) == 1:
                     low, high = rows.iloc[0][["low", "high"]]
+                low, high = np.clip([low, high], 0, 1)
                 sd = values.std(ddof=1) if len(values) > 1 else np.nan
             else:
                 mean = sd = low = high = np.nan
             line |= {f"{metric}_mean": mean, f"{metric}_sd": sd, f"{metric}_low": low, f"{metric}_high": high}
         cost = cell[cell["stage"] == "cost"].groupby("metric")["value"].mean()
         lines.append(line | {metric: cost.get(metric, np.nan) for metric in COSTS})
-    return pd.DataFrame(lines).sort_values(["scenario", *CELL[:4], "defense"], ignore_index=True)
+    rank = {"scenario": grid.SCENARIOS.index, "defense": lambda name: (name != "none", name)}
+    order = ["scenario", *CELL[:4], "defense"]
+    return pd.DataFrame(sorted(lines, key=lambda line: [rank.get(k, str)(line[k]) for k in order]))

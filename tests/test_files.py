@@ -220,8 +220,8 @@ COLUMNS = {"image": pa.array([bytes(12)] * 2, pa.binary(12)), "label": [0, 1], "
         (None, COLUMNS, "not an image file of this project"),
         ({**META, "height": "two"}, COLUMNS, "not an image file of this project"),
         ({"height": "2"}, COLUMNS, "not an image file of this project"),
-        ({**META, "height": "3"}, COLUMNS, "expected 18 bytes a row"),
-        (META, {**COLUMNS, "image": [b"png", b"jpeg"]}, "column 'image' is binary"),
+        ({**META, "height": "3"}, COLUMNS, r"expected.* 18 bytes|binary\[18\]"),
+        (META, {**COLUMNS, "image": [b"png", b"jpeg"]}, r"'image' is binary|binary\[12\]"),
         (META, {**COLUMNS, "label": [0, 2]}, "do not fit 2 class names"),
     ],
 )

@@ -33,7 +33,9 @@ def test_rates_by_hand():
 def test_target_class_images_never_count():
     changed = TRIGGERED.copy()
     changed[LABELS == 2] = [1, 0, 1]
-    assert metrics.attack_success_rate(changed, LABELS, 2) == metrics.attack_success_rate(TRIGGERED, LABELS, 2)
+    assert metrics.attack_success_rate(changed, LABELS, 2) == metrics.attack_success_rate(
+        TRIGGERED, LABELS, 2
+    )
 
 
 def test_a_perfect_model_fools_nobody_but_asr_all():
@@ -91,7 +93,8 @@ def test_purity_and_balance_by_hand():
 def _predictions(*views):
     found = {"clean": LABELS, "encoder_trigger": TRIGGERED, "dataset_trigger": np.zeros(8, int)}
     frames = [
-        pd.DataFrame({"index": range(8), "label": LABELS, "view": view, "prediction": found[view]}) for view in views
+        pd.DataFrame({"index": range(8), "label": LABELS, "view": view, "prediction": found[view]})
+        for view in views
     ]
     return pd.concat(frames)
 
@@ -100,7 +103,11 @@ def _values(rows):
     return {(r["stage"], r["step"], r["metric"]): r["value"] for r in rows}
 
 
-CLEAN, FIRST, SECOND = {"attack": "clean", "target": None}, {"attack": "a", "target": 2}, {"attack": "b", "target": 0}
+CLEAN, FIRST, SECOND = (
+    {"attack": "clean", "target": None},
+    {"attack": "a", "target": 2},
+    {"attack": "b", "target": 0},
+)
 
 
 def test_rows_of_two_triggers():
@@ -121,7 +128,9 @@ def test_rows_of_no_trigger_and_of_a_shared_one():
     none = results.test_rows(_predictions("clean"), {"encoder": CLEAN, "dataset": CLEAN}, "clean")
     assert [row["metric"] for row in none] == ["acc"]
     shared = results.test_rows(
-        _predictions("clean", "encoder_trigger", "dataset_trigger"), {"encoder": FIRST, "dataset": FIRST}, "adaptive"
+        _predictions("clean", "encoder_trigger", "dataset_trigger"),
+        {"encoder": FIRST, "dataset": FIRST},
+        "adaptive",
     )
     assert {row["metric"] for row in shared} == {"acc", "asr_encoder", "asr_encoder_all", "robust_encoder"}
 
@@ -155,7 +164,9 @@ def test_stage_rows_by_hand(stages):
 
 def test_stage_rows_ignore_row_order(stages):
     truth, *rest = stages
-    assert results.stage_rows(truth, *(t.sample(frac=1, random_state=3) for t in rest)) == results.stage_rows(*stages)
+    assert results.stage_rows(truth, *(t.sample(frac=1, random_state=3) for t in rest)) == results.stage_rows(
+        *stages
+    )
 
 
 def test_stage_rows_refuse_foreign_indices(stages):
@@ -205,9 +216,13 @@ def test_collect_adds_up_the_defences_own_steps(tmp_path):
     assert cost == {"seconds": 5.0, "peak_ram_mb": 300.0}
     assert json.loads(first["versions"].iloc[0]) == {"torch": "2"}
     # The digest follows the settings of every step behind the cell and of no other.
-    again = results.collect([_cell(0, 0.8, 0.02)], records | {shared: _record("p", 7.0, 1.0, settings={"ratio": 1})})
+    again = results.collect(
+        [_cell(0, 0.8, 0.02)], records | {shared: _record("p", 7.0, 1.0, settings={"ratio": 1})}
+    )
     assert again["config"].iloc[0] != first["config"].iloc[0]
-    elsewhere = results.collect([_cell(0, 0.8, 0.02)], records | {other / "x.run.json": _record("x", 1.0, 1.0)})
+    elsewhere = results.collect(
+        [_cell(0, 0.8, 0.02)], records | {other / "x.run.json": _record("x", 1.0, 1.0)}
+    )
     assert elsewhere["config"].iloc[0] == first["config"].iloc[0]
 
 

@@ -1,6 +1,8 @@
 """From predictions to the page, through the real commands, on a small planted world."""
 
+import base64
 import importlib.util
+import io
 import json
 import re
 import sys
@@ -12,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from tcore import registry, report, results
 from tcore.data.images import ImageSet, write_images
@@ -57,36 +60,55 @@ class World:
         save_json(
             folder / f"{step}.run.json",
             {
-                "step": step, "settings": settings, "seed": 0, "versions": {"torch": "9.8.7"}, "device": "cpu",
-                "seconds": seconds, "peak_ram_mb": 300.0, "peak_gpu_mb": None,
+                "step": step, "settings": settings, "seed": 0, "versions": {"torch": "9.8.7"},
+                "device": "cpu", "seconds": seconds, "peak_ram_mb": 300.0, "peak_gpu_mb": None,
             },
         )  # fmt: skip
 
     def predictions(self, path: Path, rates: dict, accuracy: float) -> None:
         labels, frames = self.images.labels, []
-        for view, (rate, target) in {"clean": (0.0, -1)} | rates.items():
-            right = np.where(self.random.random(len(labels)) < accuracy, labels, (labels + 1) % 4 + 4)
+        for view, (rate, target) in ({"clean": (0.0, -1)} | rates).items():
+            right = np.where(
+                self.random.random(len(labels)) < accuracy, labels, (labels + 3) % self.images.num_classes
+            )
             fooled = self.random.random(len(labels)) < rate
             found = np.where(fooled & (target >= 0), target, right)
             frames.append(pd.DataFrame({"label": labels, "view": view, "prediction": found}))
         save_table(path, pd.concat(frames).assign(index=np.tile(self.images.index, len(frames))))
 
-    def victim(self, scenario: str, seed: int, before: float, after: float, acc=(0.9, 0.88), poisons=0.05) -> None:
+    def victim(
+        self, scenario: str, seed: int, before: float, after: float, acc=(0.9, 0.88), poisons=0.05
+    ) -> None:
         encoder_attack, dataset_attack = ATTACKS[scenario]
-        identity = dict(zip(results.IDENTITY, ["scenes", "signs", encoder_attack, dataset_attack, scenario, "", seed]))
+        identity = {
+            "pretrain": "scenes",
+            "downstream": "signs",
+            "encoder_attack": encoder_attack,
+            "dataset_attack": dataset_attack,
+            "scenario": scenario,
+            "defense": "",
+            "seed": seed,
+        }
         place = {name: self.data / folder for name, folder in results.folders(identity).items()}
         rates, n = {}, len(self.images)
-        for side, attack, target, size in (("encoder", encoder_attack, 1, 3), ("dataset", dataset_attack, 2, 2)):
+        for side, attack, target, size in (
+            ("encoder", encoder_attack, 1, 3),
+            ("dataset", dataset_attack, 2, 2),
+        ):
             path = place["encoder" if side == "encoder" else "poisoned"] / "trigger.safetensors"
             if attack == "clean":
                 save_tensors(path, {}, family=f"{side}_attacks", attack="clean", target=None)
                 continue
             tensors = {"size": torch.tensor(size), "colour": torch.tensor([255, 255, 0], dtype=torch.uint8)}
-            family, attack = ("encoder_attacks", "badencoder") if attack == "adaptive" else (f"{side}_attacks", attack)
+            family = f"{side}_attacks"
+            if attack == "adaptive":
+                family, attack, target = "encoder_attacks", encoder_attack, 1
             save_tensors(path, tensors, family=family, attack=attack, target=target)
             rates[f"{side}_trigger"] = target
-        poison = self.random.random(n) < (poisons if dataset_attack != "clean" else 0)
-        truth = pd.DataFrame({"index": self.images.index, "clean_label": self.images.labels, "is_poison": poison})
+        poison = np.random.default_rng(seed).random(n) < (poisons if dataset_attack != "clean" else 0)
+        truth = pd.DataFrame(
+            {"index": self.images.index, "clean_label": self.images.labels, "is_poison": poison}
+        )
         save_table(place["poisoned"] / "truth.parquet", truth.assign(is_cover=False))
         write_images(place["poisoned"] / "train.parquet", self.images)
         self.log(place["poisoned"], "poison_dataset", 0.5, ratio=0.2)
@@ -117,7 +139,9 @@ class World:
         n, labels = len(poison), self.images.labels
         order = np.argsort(self.random.random(n) + 0.8 * poison)
         rank = np.argsort(order) / n
-        self.rounds = pool = np.select([rank < 0.1, rank < 0.9], [0, np.ceil((rank - 0.1) * 20)], -1).astype(int)
+        self.rounds = pool = np.select([rank < 0.1, rank < 0.9], [0, np.ceil((rank - 0.1) * 20)], -1).astype(
+            int
+        )
         subset = np.select([rank < 0.01, rank < 0.1], [0, np.ceil(rank * 30)], -1).astype(int)
         frame = pd.DataFrame({"index": self.images.index})
         seeds = frame.assign(label=labels, in_core=True, score=-rank, trusted=subset == 0)
@@ -141,8 +165,8 @@ class World:
         out = self.data / "results"
         command(
             "collect", "--metrics", *self.metrics, "--records", *sorted(self.data.rglob("*.run.json")),
-            "--results", out / "results.parquet", "--summary", out / "summary.json", "--table", out / "table.csv",
-            "--record", out / "collect.run.json",
+            "--results", out / "results.parquet", "--summary", out / "summary.json",
+            "--table", out / "table.csv", "--record", out / "collect.run.json",
         )  # fmt: skip
         command(
             "make_report", "--results", out / "results.parquet", "--data", self.data,
@@ -170,6 +194,11 @@ def world(tmp_path_factory):
     patch.undo()
 
 
+def rows_of(world: World, scenario: str) -> pd.DataFrame:
+    found = pd.read_parquet(world.data / "results/results.parquet")
+    return found[(found["defense"] == "tcore") & (found["scenario"] == scenario)]
+
+
 class Tags(HTMLParser):
     VOID = frozenset({"meta", "img", "br", "link", "path", "use"})
 
@@ -180,7 +209,9 @@ class Tags(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
-        self.links += [value for key, value in attrs if key in ("src", "href", "srcset", "xlink:href", "action")]
+        self.links += [
+            value for key, value in attrs if key in ("src", "href", "srcset", "xlink:href", "action")
+        ]
         if tag not in self.VOID:
             self.open.append(tag)
 
@@ -230,15 +261,12 @@ def test_failures_are_said_aloud(world):
 
 
 def test_gallery_shows_images_without_loss(world):
-    import base64
-    import io
-
-    from PIL import Image
-
     notes = []
-    cell = pd.read_parquet(world.data / "results/results.parquet").iloc[-1][results.IDENTITY].to_dict()
-    shown = report.gallery(world.data, [cell], notes)
-    assert [(t["attack"], t["target"]) for t in shown] == [("badencoder", "sign <1> & co"), ("badnets", "sign 2")]
+    shown = report.gallery(world.data, [rows_of(world, "T1+T2").iloc[0][results.IDENTITY].to_dict()], notes)
+    assert [(t["attack"], t["target"]) for t in shown] == [
+        ("badencoder", "sign <1> & co"),
+        ("badnets", "sign 2"),
+    ]
     assert not notes
     clean, triggered, change = (
         np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))).astype(int)
@@ -251,10 +279,8 @@ def test_gallery_shows_images_without_loss(world):
 
 
 def test_inside_counts_what_was_left_out(world):
-    found = pd.read_parquet(world.data / "results/results.parquet")
-    own = found[(found["defense"] == "tcore") & (found["scenario"] == "T1+T2")]
-    cell = own.iloc[0][results.IDENTITY].to_dict()
-    detail = report.inside(own, world.data, cell, [])
+    own = rows_of(world, "T1+T2")
+    detail = report.inside(own, world.data, own.iloc[0][results.IDENTITY].to_dict(), [])
     truth = pd.read_parquet(world.data / "poisoned/any/signs-badnets/0/truth.parquet")
     left = world.rounds < 0
     assert detail["left"] == left.sum()

@@ -66,9 +66,12 @@ class ImageSet:
 
     def select(self, rows) -> "ImageSet":
         """The images at `rows` (indices or a boolean mask), in that order."""
-        return ImageSet(
-            self.pixels[rows], self.labels[rows], self.index[rows], self.class_names, self.origin
-        )
+        return ImageSet(self.pixels[rows], self.labels[rows], self.index[rows], self.class_names, self.origin)
+
+
+def _schema(size: int) -> pa.Schema:
+    """Columns of a file whose images take `size` bytes each."""
+    return pa.schema([("image", pa.binary(size)), ("label", pa.int64()), ("index", pa.int64())])
 
 
 def write_images(path: str | Path, images: ImageSet) -> None:
@@ -82,10 +85,7 @@ def write_images(path: str | Path, images: ImageSet) -> None:
         "class_names": list(images.class_names),
         "origin": images.origin,
     }
-    schema = pa.schema(
-        [("image", pa.binary(size)), ("label", pa.int64()), ("index", pa.int64())],
-        metadata={key: json.dumps(value) for key, value in meta.items()},
-    )
+    schema = _schema(size).with_metadata({key: json.dumps(value) for key, value in meta.items()})
     table = pa.table([column, pa.array(images.labels), pa.array(images.index)], schema=schema)
     with atomic(path) as temporary:
         pq.write_table(table, temporary, compression="none", use_dictionary=False, row_group_size=10_000)
@@ -95,23 +95,27 @@ def read_images(path: str | Path) -> ImageSet:
     require(path)
     try:
         table = pq.read_table(path)
-        meta = {key.decode(): json.loads(value) for key, value in table.schema.metadata.items() if key != b"pandas"}
-        height, width = meta["height"], meta["width"]
-        column = table["image"].combine_chunks()
-        if not pa.types.is_fixed_size_binary(column.type) or column.type.byte_width != height * width * 3:
-            raise InputError(f"{path}: column 'image' is {column.type}, expected {height * width * 3} bytes a row")
-    except (KeyError, AttributeError, ValueError, pa.ArrowException) as error:
-        if isinstance(error, InputError):
-            raise
+        meta = {key.decode(): json.loads(value) for key, value in table.schema.metadata.items()}
+        height, width = int(meta["height"]), int(meta["width"])
+        expected = _schema(height * width * 3)
+        if (
+            min(height, width) < 1
+            or not table.schema.equals(expected)
+            or any(c.null_count for c in table.columns)
+        ):
+            raise ValueError(
+                f"columns {table.schema.names}, expected, without nulls, {expected.to_string()!r}"
+            )
+        buffer = table["image"].combine_chunks().buffers()[1]
+        pixels = np.frombuffer(buffer, np.uint8, table.num_rows * height * width * 3)
+        return ImageSet(
+            pixels=pixels.reshape(-1, height, width, 3).copy(),
+            labels=table["label"].to_numpy().copy(),
+            index=table["index"].to_numpy().copy(),
+            class_names=tuple(meta["class_names"]),
+            origin=meta["origin"],
+        )
+    except (OSError, KeyError, AttributeError, TypeError, ValueError, pa.ArrowException) as error:
         raise InputError(
             f"{path}: not an image file of this project ({error}); foreign files enter through config/datasets.yaml"
         ) from error
-    buffer = column.buffers()[1]
-    pixels = np.frombuffer(buffer, np.uint8, count=len(column) * column.type.byte_width) if len(column) else np.empty(0, np.uint8)
-    return ImageSet(
-        pixels=pixels.reshape(-1, height, width, 3).copy(),
-        labels=table["label"].to_numpy().copy(),
-        index=table["index"].to_numpy().copy(),
-        class_names=tuple(meta["class_names"]),
-        origin=meta["origin"],
-    )

@@ -1,0 +1,36 @@
+# make demo: install what is missing and run the experiment of config/config.yaml.
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+PYTHON := $(or $(shell command -v python3.11),$(shell command -v python3))
+REPORT := data/results/report.html
+
+export DVC_NO_ANALYTICS := 1
+
+.PHONY: help setup demo test
+
+help: ## show this list
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+
+setup: $(INSTALLED) ## create .venv and install everything into it, if not done yet
+
+demo: setup ## run the experiment of config/config.yaml and write the report
+	$(BIN)/snakemake --cores all --quiet reason host
+	@echo "The report is $(REPORT)"
+
+test: setup ## check style, workflow and code
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/snakefmt --check Snakefile rules
+	$(BIN)/snakemake --lint
+	$(BIN)/pytest
+
+# torch first: torchvision must find its torch and not bring another.
+$(INSTALLED): pyproject.toml
+	@echo "Installing Python packages into .venv (once; some minutes)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2> /dev/null || \
+		{ echo "error: this project needs Python 3.11; '$(PYTHON)' is not. Put python3.11 on the PATH, or: make PYTHON=/path/to/python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet "$$(grep -o 'torch==[0-9.]*' pyproject.toml | head -n 1)"
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,35 @@
+"""Pre-trains an encoder on unlabelled images."""
+
+import argparse
+import json
+
+from tcore import device as devices
+from tcore import registry
+from tcore.cli import run
+from tcore.data.images import read_images
+from tcore.models.encoder import save_encoder
+from tcore.run import record
+from tcore.settings import resolve
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", required=True, help="unlabelled images (Parquet)")
+    parser.add_argument("--settings", type=json.loads, required=True, help="JSON: {method: its settings}")
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--encoder", required=True, help="out: the encoder")
+    parser.add_argument("--record", required=True, help="out: the record of this step")
+    args = parser.parse_args()
+
+    ((name, given),) = args.settings.items()
+    method = registry.load("pretraining", name)
+    settings = method.Settings(**resolve(name, given))
+    device = devices.pick()
+    with record(args.record, "pretrain_encoder", args.settings, args.seed, device) as log:
+        encoder, training = method.pretrain(read_images(args.images).tensor, settings, args.seed, device)
+        save_encoder(args.encoder, encoder)
+        log |= training
+
+
+if __name__ == "__main__":
+    run(main)

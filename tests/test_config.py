@@ -1,0 +1,127 @@
+"""The configuration: what is refused and what the message says, and that the reference is up to date."""
+
+import copy
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tcore.config import validate
+from tcore.files import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = {
+    "seeds": [0],
+    "pairs": [{"pretrain": "scenes", "downstream": "signs"}],
+    "scenarios": ["T1", "T2", "T3", "T1+T2"],
+    "encoder_attacks": ["badencoder"],
+    "dataset_attacks": ["badnets"],
+    "defenses": ["none", "tcore"],
+    "pretraining": "simclr",
+    "methods": {"simclr": {"epochs": 3}},
+    "datasets": {
+        "scenes": {"source": "signs", "settings": {"open": True}},
+        "signs": {"source": "signs", "encoder_target": 0, "dataset_target": 3},
+    },
+}
+MISSING = object()
+
+
+def changed(path: str, value) -> dict:
+    """CONFIG with one entry, such as 'pairs.0.pretrain', replaced or removed."""
+    config = copy.deepcopy(CONFIG)
+    *folders, last = [int(part) if part.isdigit() else part for part in path.split(".")]
+    place = config
+    for folder in folders:
+        place = place[folder]
+    if value is MISSING:
+        del place[last]
+    else:
+        place[last] = value
+    return config
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "smoke.yaml"])
+def test_the_configurations_at_hand_are_valid(name):
+    config = yaml.safe_load((ROOT / "config/config.yaml").read_text())
+    overlay = yaml.safe_load((ROOT / "config" / name).read_text())
+    config["methods"] = overlay["methods"]
+    validate(config)
+
+
+def test_settings_are_written_out_in_full():
+    resolved = validate(CONFIG)
+    assert resolved["methods"]["simclr"]["epochs"] == 3
+    assert resolved["methods"]["simclr"]["temperature"] == 0.5  # NT-Xent's in the encoder line of work
+    assert resolved["methods"]["filter_channels"]["untrusted_share"] == 0.1  # the paper's
+    assert resolved["datasets"]["scenes"]["settings"]["open"] is True
+    assert resolved["datasets"]["signs"]["settings"]["open"] is False
+
+
+def test_validation_changes_nothing_given():
+    given = copy.deepcopy(CONFIG)
+    validate(given)
+    assert given == CONFIG
+
+
+def test_methods_may_be_left_out_or_empty():
+    assert validate(changed("methods", MISSING))["methods"] == validate(changed("methods", None))["methods"]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("sceds", [0], r"sceds.*did you mean 'seeds'"),
+        ("seeds", MISSING, "seeds is missing"),
+        ("seeds", 0, "seeds should be a list"),
+        ("seeds", [], "at least one"),
+        ("seeds", [0, -1], r"seeds\[1\] = -1"),
+        ("seeds", [3, 3], r"seeds\[1\] = 3 stands there twice"),
+        ("seeds", [True], r"seeds\[0\] = True should be of type int"),
+        ("seeds", ["0"], "should be of type int"),
+        ("pairs.0.pretrain", "scene", r"pairs\[0\].pretrain.*did you mean 'scenes'"),
+        ("pairs.0.pretrain", ["scenes"], r"pairs\[0\].pretrain"),
+        ("pairs.0.target", 3, r"pairs\[0\].target"),
+        ("pairs.0.downstream", MISSING, r"pairs\[0\].downstream is missing"),
+        ("scenarios", ["T4"], "scenarios.*'T4'.*known: clean, T1"),
+        ("encoder_attacks", ["badencoders"], "encoder_attacks.*did you mean 'badencoder'"),
+        ("encoder_attacks", ["clean"], "encoder_attacks.*'clean'"),
+        ("dataset_attacks", ["adaptive"], "dataset_attacks.*'adaptive'"),
+        ("defenses", ["t_core"], "defenses.*did you mean 'tcore'"),
+        ("pretraining", "simcrl", "pretraining.*did you mean 'simclr'"),
+        ("methods.simclr.epoch", 3, "methods.simclr.epoch.*did you mean 'epochs'"),
+        ("methods.simclr.epochs", "3", "methods.simclr.epochs.*type int"),
+        ("methods.simclr.lr", "1e-3", "methods.simclr.lr"),
+        ("methods.simclr", 3, "settings of simclr are a mapping"),
+        ("methods.simrcl", {}, "methods.simrcl.*did you mean 'simclr'"),
+        ("methods.signs", {"train": 3}, "methods.signs"),
+        ("datasets", [], "datasets should map"),
+        ("datasets.My-Set", {"source": "signs"}, "My-Set.*a-z"),
+        ("datasets.signs.source", "sings", "datasets.signs.source.*did you mean 'signs'"),
+        ("datasets.signs.source", MISSING, "datasets.signs.source is missing"),
+        ("datasets.signs.settings", {"trian": 3}, "datasets.signs.settings.*trian.*did you mean 'train'"),
+        ("datasets.signs.encoder_target", MISSING, "datasets.signs.encoder_target.*class number"),
+        ("datasets.signs.dataset_target", -1, "datasets.signs.dataset_target = -1"),
+        ("datasets.signs.dataset_target", 0, "both 0.*different classes"),
+    ],
+)
+def test_what_is_refused(path, value, message):
+    with pytest.raises(InputError, match=message):
+        validate(changed(path, value))
+
+
+def test_equal_targets_are_fine_when_the_attackers_never_meet():
+    validate(changed("datasets.signs.dataset_target", 0) | {"scenarios": ["T1", "T2", "T3"]})
+
+
+def test_planning_needs_no_torch():
+    program = "import sys, tcore.config, tcore.grid, tcore.provenance; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+def test_the_reference_is_up_to_date():
+    written = runpy.run_path(str(ROOT / "scripts/config_reference.py"))
+    assert written["README"].read_text() == written["page"](), "run: python scripts/config_reference.py"

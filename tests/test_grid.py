@@ -1,0 +1,60 @@
+"""The grid against cells written out by hand."""
+
+import pytest
+
+from tcore import grid
+
+CONFIG = {
+    "seeds": [0, 1],
+    "pairs": [{"pretrain": "a", "downstream": "b"}, {"pretrain": "c", "downstream": "b"}],
+    "scenarios": ["clean", "T1", "T2", "T3", "T1+T2"],
+    "encoder_attacks": ["e", "f"],
+    "dataset_attacks": ["d", "g", "h"],
+    "defenses": ["none", "tcore"],
+}
+
+
+@pytest.mark.parametrize(
+    ("attacks", "scenario"),
+    [
+        (("clean", "clean"), "clean"),
+        (("badencoder", "clean"), "T1"),
+        (("clean", "badnets"), "T2"),
+        (("badencoder", "adaptive"), "T3"),
+        (("badencoder", "badnets"), "T1+T2"),
+    ],
+)
+def test_a_scenario_follows_from_two_attacks(attacks, scenario):
+    assert grid.scenario(*attacks) == scenario
+
+
+def test_counts_by_hand():
+    # pairs x defences x seeds = 8; attack pairs: 1 clean, 2 T1, 3 T2, 2 T3, 2 * 3 both
+    counts = grid.cells(CONFIG)["scenario"].value_counts().to_dict()
+    assert counts == {"clean": 8, "T1": 16, "T2": 24, "T3": 16, "T1+T2": 48}
+
+
+def test_one_scenario_in_full():
+    config = CONFIG | {"seeds": [5], "pairs": CONFIG["pairs"][:1], "scenarios": ["T3"]}
+    assert grid.cells(config).to_dict("split")["data"] == [
+        ["a", "b", "e", "adaptive", "T3", "none", 5],
+        ["a", "b", "e", "adaptive", "T3", "tcore", 5],
+        ["a", "b", "f", "adaptive", "T3", "none", 5],
+        ["a", "b", "f", "adaptive", "T3", "tcore", 5],
+    ]
+
+
+def test_every_scenario_is_what_its_attacks_say():
+    for name in grid.SCENARIOS:
+        assert set(grid.cells(CONFIG | {"scenarios": [name]})["scenario"]) == {name}
+
+
+def test_cells_are_computed_once():
+    twice = CONFIG | {"scenarios": ["T1", "T1"], "seeds": [0, 0]}
+    once = CONFIG | {"scenarios": ["T1"], "seeds": [0]}
+    assert grid.cells(twice).equals(grid.cells(once))
+
+
+def test_only_the_adaptive_attack_needs_a_set_for_each_encoder():
+    assert grid.received("a", "e", "b", "d", 0) == grid.received("c", "clean", "b", "d", 0)
+    assert grid.received("a", "e", "b", "adaptive", 0) == "poisoned/a-e/b-adaptive/0"

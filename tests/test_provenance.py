@@ -1,0 +1,109 @@
+"""Digests of code, on a small project with a script, a method and what they import."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tcore import provenance
+
+FILES = {
+    "scripts/step.py": "from tcore.common import f\n\n\ndef main():\n    import tcore.late\n",
+    "scripts/other.py": "import json\n",
+    "tcore/__init__.py": "",
+    "tcore/common.py": '"""Doc."""\n\n\ndef f(x):  # comment\n    """Doc."""\n    return x + 1\n',
+    "tcore/late.py": "from tcore.pack import inner\n",
+    "tcore/pack/__init__.py": "",
+    "tcore/pack/inner.py": "from . import sibling\n",
+    "tcore/pack/sibling.py": "VALUE = 1\n",
+    "tcore/methods/__init__.py": "",
+    "tcore/methods/alpha.py": "VALUE = 1\n",
+    "tcore/methods/beta.py": "VALUE = 2\n",
+}
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    for name, text in FILES.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def changes(project):
+    """Whether an edit of one file changes the digest of `step` with the method alpha."""
+
+    def changed(name, text):
+        before = provenance.code("step", "methods/alpha")
+        (project / name).write_text(text)
+        provenance._scan.cache_clear()
+        return provenance.code("step", "methods/alpha") != before
+
+    provenance._scan.cache_clear()
+    return changed
+
+
+def test_the_closure_by_hand(project):
+    found = provenance.closure([project / "scripts/step.py"])
+    names = [str(path.relative_to(project)) for path in found]
+    assert names == [
+        "scripts/step.py",
+        "tcore/__init__.py",
+        "tcore/common.py",
+        "tcore/late.py",
+        "tcore/pack/__init__.py",
+        "tcore/pack/inner.py",
+        "tcore/pack/sibling.py",
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "def f(x):\n    return x + 1\n",
+        '"""Another."""\n\n\ndef f(x):\n    """More."""\n    # and more\n\n    return (x + 1)\n',
+    ],
+)
+def test_comments_docstrings_and_layout_mean_nothing(changes, text):
+    assert not changes("tcore/common.py", text)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("scripts/step.py", FILES["scripts/step.py"] + "X = 1\n"),
+        ("tcore/common.py", "def f(x):\n    return x + 2\n"),
+        ("tcore/common.py", "def f(x):\n    return 'a string that is returned' and x + 1\n"),
+        ("tcore/pack/sibling.py", "VALUE = 2\n"),
+        ("tcore/pack/__init__.py", "X = 1\n"),
+        ("tcore/methods/alpha.py", "VALUE = 2\n"),
+    ],
+)
+def test_what_the_step_runs_counts(changes, name, text):
+    assert changes(name, text)
+
+
+@pytest.mark.parametrize("name", ["scripts/other.py", "tcore/methods/beta.py", "tcore/unused.py"])
+def test_what_the_step_does_not_run_does_not_count(changes, name):
+    assert not changes(name, "VALUE = 3\n")
+
+
+def test_methods_differ_and_a_digest_is_repeatable(project):
+    alpha, beta = (provenance.code("step", f"methods/{name}") for name in ("alpha", "beta"))
+    assert alpha != beta
+    assert alpha == provenance.code("step", "methods/alpha") and len(alpha) == 16
+
+
+def test_the_closure_holds_what_python_loads():
+    """On our own code, in a fresh process."""
+    root = Path(provenance.__file__).resolve().parents[1]
+    program = "import sys, tcore.config; print(*(m.__file__ for m in list(sys.modules.values())"
+    program += " if m.__name__.startswith('tcore')))"
+    command = [sys.executable, "-c", program]
+    loaded = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.split()
+    closure = provenance.closure([root / "tcore/config.py"])
+    assert {Path(file) for file in loaded} <= set(closure)
+    assert root / "tcore/registry.py" in closure

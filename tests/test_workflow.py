@@ -1,0 +1,220 @@
+"""The workflow itself, in a copy of the sources: what is planned, who sees what, and one run in small."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+
+from tcore import provenance, registry
+from tcore.settings import FAMILIES
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+SMOKE = ("--configfile", "config/smoke.yaml")
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "DVC_NO_ANALYTICS": "1"}
+
+
+def copy_sources(folder: Path) -> Path:
+    """What git tracks or would track, and nothing else."""
+    command = ["git", "ls-files", "-co", "--exclude-standard"]
+    for name in subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines():
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name, follow_symlinks=False)
+    return folder
+
+
+def call(folder: Path, *command: str, **environment: str) -> str:
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=ENVIRONMENT | environment)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    return run.stdout
+
+
+def snakemake(folder: Path, *arguments: str, **environment: str) -> str:
+    return call(folder, sys.executable, "-m", "snakemake", *arguments, **environment)
+
+
+def plan(folder: Path, *arguments: str) -> list[tuple[str, set[str]]]:
+    """(script, every path below data/ that it reads or writes) of each job, where nothing exists yet.
+
+    Snakemake prints the command and, because every file is to be made, every input as a reason.
+    """
+    blocks = snakemake(folder, "--dry-run", "--printshellcmds", *arguments).split("\nJob ")
+    jobs = [block for block in blocks if "scripts/" in block]
+    assert all("Missing output files" in job for job in jobs)
+    return [
+        (re.search(r"scripts/(\w+)\.py", job)[1], set(re.findall(r"data/[\w./-]*\w", job))) for job in jobs
+    ]
+
+
+def counts(jobs: list[tuple[str, set[str]]]) -> dict[str, int]:
+    return dict(Counter(script for script, _ in jobs))
+
+
+def stale(folder: Path) -> dict[str, int]:
+    """What a dry run would run, counted by rule."""
+    text = snakemake(folder, "-n", "--quiet", "reason", *SMOKE)
+    if "Nothing to be done" in text:
+        return {}
+    table = text.partition("Job stats:")[2].partition("total")[0]
+    return {rule: int(n) for rule, n in re.findall(r"^(\w+) +(\d+)$", table, re.MULTILINE)}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    return copy_sources(tmp_path_factory.mktemp("sources"))
+
+
+@pytest.fixture(scope="module")
+def demo(sources):
+    return plan(sources)
+
+
+def test_the_demo_by_hand(demo):
+    # Encoders: clean and attacked. Sets: clean, badnets, one with the encoder's trigger. Cells: four threats.
+    assert counts(demo) == {
+        "prepare_dataset": 2,
+        "pretrain_encoder": 1,
+        "poison_encoder": 2,
+        "poison_dataset": 3,
+        **dict.fromkeys(("extract_features", "train_head"), 4),
+        **dict.fromkeys(("sift", "expand", "filter_channels", "bootstrap"), 4),
+        **dict.fromkeys(("predict", "evaluate"), 8),
+        **dict.fromkeys(("collect", "make_report"), 1),
+    }
+
+
+def test_another_grid_by_hand(sources, tmp_path):
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text("{scenarios: [T1, T3], seeds: [0, 1], defenses: [tcore]}")
+    jobs = counts(plan(sources, "--configfile", str(overlay)))
+    assert jobs["pretrain_encoder"] == jobs["poison_encoder"] == 2
+    assert jobs["poison_dataset"] == jobs["train_head"] == jobs["sift"] == jobs["predict"] == 4
+
+
+def test_the_defender_sees_what_a_user_receives_and_nothing_else(demo):
+    """An allow-list for all jobs that write below data/defended: no truth, trigger, test set, clean data."""
+    allowed = re.compile(
+        r"data/(encoders/\w+-\w+/\w+/\d+/encoder\.safetensors"  # as handed over, not as pre-trained
+        r"|poisoned/(any|\w+-\w+)/\w+-\w+/\d+/train\.parquet"
+        r"|(defended|logs)/.+)"
+    )
+    defenders = set()
+    for script, paths in demo:
+        cells = {"/".join(path.split("/")[2:5]) for path in paths if path.startswith("data/defended/")}
+        own = [
+            path
+            for path in paths
+            if path.startswith("data/defended/") and path.endswith(f"{script}.run.json")
+        ]
+        if own:
+            defenders.add(script)
+            assert {path for path in paths if not allowed.fullmatch(path)} == set(), script
+            assert len(cells) == 1, f"{script} reads another victim's files"
+            assert len(paths) > 3
+    assert defenders == {"extract_features", "train_head", "sift", "expand", "filter_channels", "bootstrap"}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("scenarios=[T4]", "known: clean, T1"), ("defenses=[tcores]", "did you mean 'tcore'")],
+)
+def test_a_bad_configuration_stops_with_a_short_message(sources, override, message):
+    command = [sys.executable, "-m", "snakemake", "-n", "--config", override]
+    run = subprocess.run(command, cwd=sources, capture_output=True, text=True)
+    assert run.returncode != 0
+    printed = run.stdout + run.stderr
+    assert message in printed
+    assert "Traceback" not in printed and len(printed.splitlines()) < 6
+
+
+# One run in small. PYTHONPROFILEIMPORTTIME makes every step write to its log what it imports.
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = copy_sources(tmp_path_factory.mktemp("finished"))
+    snakemake(folder, "--cores", "2", *SMOKE, PYTHONPROFILEIMPORTTIME="1")
+    return folder
+
+
+def test_the_run_leaves_a_report_and_is_then_up_to_date(finished):
+    assert (finished / "data/results/report.html").stat().st_size > 0
+    assert set(json.loads((finished / "data/results/summary.json").read_text())) == {"T3"}
+    assert not list((finished / "data").rglob("*.part"))
+    assert stale(finished) == {}
+
+
+def test_an_edit_makes_stale_what_depends_on_it_and_nothing_else(finished):
+    module = finished / "tcore/stages/sift.py"
+    text = module.read_text()
+    try:
+        module.write_text(f"{text}\n# a comment\n")
+        assert stale(finished) == {}
+        module.write_text(f"{text}\nANOTHER = 1\n")
+        after = (
+            "sift",
+            "expand",
+            "filter_channels",
+            "bootstrap",
+            "predict",
+            "evaluate",
+            "collect",
+            "make_report",
+            "all",
+        )
+        assert stale(finished) == dict.fromkeys(after, 1)  # of two predictions, T-Core's only
+    finally:
+        module.write_text(text)
+
+
+def test_a_digest_covers_what_its_step_imports(finished):
+    """Methods are imported by name, so rules must name their files: here Python says which ones they were."""
+    methods = {
+        f"tcore.{family.replace('/', '.')}.{name}": f"{family}/{name}"
+        for family in FAMILIES
+        for name in registry.names(family)
+    }
+    attacks = ("encoder_attacks/badencoder", "dataset_attacks/adaptive")  # a rule may name more than it needs
+    checked = set()
+    for file in (path for path in (finished / ".snakemake/metadata").rglob("*") if path.is_file()):
+        record = json.loads(file.read_text())
+        script = re.search(r"scripts/(\w+)\.py", record["code"])[1]
+        log = (finished / record["log"][0]).read_text()
+        imported = set(re.findall(r"\| +(tcore[\w.]*)$", log, re.MULTILINE))
+        named = [methods[name] for name in imported & set(methods)]
+        digests = {
+            provenance.code(script, *named, *more) for n in range(3) for more in combinations(attacks, n)
+        }
+        assert any(f"'{digest}'" in record["params"] for digest in digests), (script, named)
+        checked.add(script)
+    assert {"pretrain_encoder", "poison_encoder", "poison_dataset", "sift", "predict"} <= checked
+
+
+def test_a_clone_with_pulled_data_is_up_to_date(finished, tmp_path):
+    dvc = str(BIN / "dvc")
+    git = ("git", "-c", "user.name=test", "-c", "user.email=test@example.org")
+    call(finished, "git", "init", "--quiet")
+    call(finished, dvc, "commit", "--force", "--quiet")
+    call(finished, dvc, "remote", "add", "--default", "store", str(tmp_path / "store"))
+    call(finished, dvc, "push", "--quiet")
+    call(finished, "git", "add", ".")
+    call(finished, *git, "commit", "--quiet", "--message", "results")
+    tracked = call(finished, "git", "ls-files", "data").split()
+    assert tracked == ["data/README.md"]
+    call(tmp_path, "git", "clone", "--quiet", str(finished), "clone")
+    clone = tmp_path / "clone"
+    call(clone, dvc, "pull", "--quiet")
+    assert stale(clone) == {}
+    with (clone / "tcore/stages/bootstrap.py").open("a") as file:
+        file.write("\nANOTHER = 1\n")
+    assert set(stale(clone)) == {"bootstrap", "predict", "evaluate", "collect", "make_report", "all"}
