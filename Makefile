@@ -3,6 +3,8 @@
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 PYTHON := $(or $(shell command -v python3.11),$(shell command -v python3))
+# Steps that want a GPU run one per GPU; where there is none, one per core.
+SLOTS := $(or $(filter-out 0,$(shell nvidia-smi --list-gpus 2> /dev/null | wc -l)),$(shell nproc))
 REPORT := data/results/report.html
 
 export DVC_NO_ANALYTICS := 1
@@ -15,7 +17,7 @@ help: ## show this list
 setup: $(INSTALLED) ## create .venv and install everything into it, if not done yet
 
 demo: setup ## run the experiment of config/config.yaml and write the report
-	$(BIN)/snakemake --cores all --quiet reason host
+	$(BIN)/snakemake --cores all --resources gpu=$(SLOTS) --quiet reason host
 	@echo "The report is $(REPORT)"
 
 test: setup ## check style, workflow and code

@@ -12,7 +12,6 @@ rule predict:
         record="data/results/<cell>/{defense}/predict.run.json",
     log:
         "<logs>/predict/<cell>/{defense}.log",
-    threads: 8
     resources:
         gpu=1,
     params:

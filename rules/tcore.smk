@@ -11,7 +11,6 @@ rule sift:
         record="data/defended/<cell>/tcore/sift.run.json",
     log:
         "<logs>/sift/<cell>.log",
-    threads: 8
     resources:
         gpu=1,
     params:
@@ -36,7 +35,6 @@ rule expand:
         record="data/defended/<cell>/tcore/expand.run.json",
     log:
         "<logs>/expand/<cell>.log",
-    threads: 8
     resources:
         gpu=1,
     params:
@@ -61,7 +59,6 @@ rule filter_channels:
         record="data/defended/<cell>/tcore/filter_channels.run.json",
     log:
         "<logs>/filter_channels/<cell>.log",
-    threads: 8
     resources:
         gpu=1,
     params:
@@ -88,7 +85,6 @@ rule bootstrap:
         record="data/defended/<cell>/tcore/bootstrap.run.json",
     log:
         "<logs>/bootstrap/<cell>.log",
-    threads: 8
     resources:
         gpu=1,
     params:

@@ -10,7 +10,6 @@ rule extract_features:
         record="data/defended/<cell>/extract_features.run.json",
     log:
         "<logs>/extract_features/<cell>.log",
-    threads: 8
     resources:
         gpu=1,
     params:
@@ -33,7 +32,6 @@ rule train_head:
         record="data/defended/<cell>/none/train_head.run.json",
     log:
         "<logs>/train_head/<cell>.log",
-    threads: 8
     resources:
         gpu=1,
     params:

@@ -22,7 +22,9 @@ def main() -> None:
     parser.add_argument("--seeds", required=True, help="table of samples, `trusted` marks the seeds")
     parser.add_argument("--settings", type=json.loads, required=True, help='JSON: {"expand", "head"}')
     parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--subset", required=True, help="out: round in which each sample joined, -1 for never")
+    parser.add_argument(
+        "--subset", required=True, help="out: round in which each sample joined, -1 for never"
+    )
     parser.add_argument("--record", required=True, help="out: the record of this step")
     args = parser.parse_args()
 

@@ -60,7 +60,7 @@ def load_tensors(path: str | Path) -> tuple[dict, dict]:
     try:
         with safe_open(path, framework="pt") as file:
             meta = json.loads((file.metadata() or {}).get("tcore", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, meta
+            return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError) as error:
         raise InputError(f"{path}: not a readable safetensors file ({error})") from error
 

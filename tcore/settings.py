@@ -16,7 +16,15 @@ from pathlib import Path
 from tcore import registry
 from tcore.files import InputError
 
-FAMILIES = ("data/sources", "pretraining", "encoder_attacks", "dataset_attacks", "defenses", "stages", "models")
+FAMILIES = (
+    "data/sources",
+    "pretraining",
+    "encoder_attacks",
+    "dataset_attacks",
+    "defenses",
+    "stages",
+    "models",
+)
 
 
 @dataclass(frozen=True)
@@ -81,5 +89,7 @@ def resolve(method: str, overrides: dict | None = None, where: str = "methods") 
                 f"config: {where}.{method}.{key} is not a setting: {hint}known: {', '.join(known) or 'none'}"
             )
         if not _fits(value, known[key].type):
-            raise InputError(f"config: {where}.{method}.{key} = {value!r} should be of type {known[key].type}")
+            raise InputError(
+                f"config: {where}.{method}.{key} = {value!r} should be of type {known[key].type}"
+            )
     return {name: field.default for name, field in known.items()} | (overrides or {})

@@ -31,7 +31,8 @@ class ImageSet:
         n = len(self.pixels)
         if self.pixels.dtype != np.uint8 or self.pixels.ndim != 4 or self.pixels.shape[3] != 3:
             raise InputError(
-                f"{self.origin}: pixels must be uint8 (N, H, W, 3), not {self.pixels.dtype} {self.pixels.shape}"
+                f"{self.origin}: pixels must be uint8 (N, H, W, 3), "
+                f"not {self.pixels.dtype} {self.pixels.shape}"
             )
         if self.labels.shape != (n,) or self.index.shape != (n,):
             raise InputError(
@@ -117,5 +118,6 @@ def read_images(path: str | Path) -> ImageSet:
         )
     except (OSError, KeyError, AttributeError, TypeError, ValueError, pa.ArrowException) as error:
         raise InputError(
-            f"{path}: not an image file of this project ({error}); foreign files enter through config/datasets.yaml"
+            f"{path}: not an image file of this project ({error}); "
+            "foreign files enter through the `datasets` of config/config.yaml"
         ) from error

@@ -1,6 +1,5 @@
 """A classifier: an encoder and a head, as one module and one file."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -54,7 +53,9 @@ def load_classifier(path: str | Path) -> Classifier:
     if meta.get("kind") != "classifier":
         raise InputError(f"{path}: not a classifier file")
     head = meta["head"]
-    settings = heads.Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in head["settings"].items()})
+    settings = heads.Settings(
+        **{k: tuple(v) if isinstance(v, list) else v for k, v in head["settings"].items()}
+    )
     model = Classifier(Encoder(**meta["encoder"]), Head(head["dim"], head["classes"], settings))
     load_state(model, tensors, path)
     return model.eval()

@@ -108,8 +108,8 @@ class Encoder(nn.Module):
 
 
 def floats(images: Tensor) -> Tensor:
-    """uint8 images as float32 in [0, 1]."""
-    return images.float().div_(255)
+    """uint8 images as float32 in [0, 1], channels last in memory."""
+    return images.to(torch.float32, memory_format=torch.channels_last).div_(255)
 
 
 @torch.no_grad()
@@ -139,7 +139,9 @@ def load_encoder(path: str | Path) -> Encoder:
     """An encoder written by `save_encoder`, in eval mode."""
     tensors, meta = load_tensors(path)
     if meta.pop("kind", None) != "encoder":
-        raise InputError(f"{path}: not an encoder file; foreign checkpoints go through import_encoder.py first")
+        raise InputError(
+            f"{path}: not an encoder file; foreign checkpoints go through import_encoder.py first"
+        )
     encoder = Encoder(**meta)
     load_state(encoder, tensors, path)
     return encoder.eval()
@@ -157,7 +159,9 @@ def load_state(module: nn.Module, tensors: dict[str, Tensor], path: str | Path) 
             if k in tensors and tensors[k].shape != expected[k].shape
         ],
     }
-    found = [f"{what}: {', '.join(keys[:4])}{' …' * (len(keys) > 4)}" for what, keys in problems.items() if keys]
+    found = [
+        f"{what}: {', '.join(keys[:4])}{' …' * (len(keys) > 4)}" for what, keys in problems.items() if keys
+    ]
     if found:
         raise InputError(f"{path}: its tensors do not fit the architecture; {'; '.join(found)}")
     module.load_state_dict(tensors)

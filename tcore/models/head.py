@@ -33,7 +33,9 @@ class Head(nn.Module):
     def __init__(self, dim: int, classes: int, settings: Settings):
         super().__init__()
         first, second = settings.hidden
-        self.fc1, self.fc2, self.fc3 = nn.Linear(dim, first), nn.Linear(first, second), nn.Linear(second, classes)
+        self.fc1 = nn.Linear(dim, first)
+        self.fc2 = nn.Linear(first, second)
+        self.fc3 = nn.Linear(second, classes)
         self.dropout = nn.Dropout(settings.dropout)
         self.settings = settings
         self.dim, self.classes = dim, classes
@@ -65,7 +67,9 @@ def batches(n: int, size: int, generator: torch.Generator, device: torch.device)
             yield rows.to(device)
 
 
-def fit_head(head: Head, features: Tensor, labels: Tensor, epochs: int, seed: int, *names: str, bar=True) -> Head:
+def fit_head(
+    head: Head, features: Tensor, labels: Tensor, epochs: int, seed: int, *names: str, bar=True
+) -> Head:
     """Trains `head` in place by cross-entropy on cached features (n, d); eval mode after."""
     settings, device = head.settings, features.device
     head.to(device).train()

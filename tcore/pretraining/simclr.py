@@ -55,7 +55,7 @@ def pretrain(images: Tensor, settings: Settings, seed: int, device: torch.device
     The images stay on the device as uint8. Mean and std are those of the images.
     """
     torch.manual_seed(seeds.derive(seed, "simclr", "weights"))
-    pixels = floats(images[: 10_000])
+    pixels = floats(images[:10_000])
     encoder = Encoder(
         settings.architecture,
         images.shape[-1],

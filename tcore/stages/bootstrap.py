@@ -47,7 +47,7 @@ class Settings:
     epochs_final: int = 20  # passes over the final pool, rate decaying to 0 [not in the paper]
     lr: float = 1e-3  # Adam's rate [not in the paper]
     batch: int = 128  # [paper: Table 17]
-    frozen_norm: bool = True  # batch norm uses its stored statistics in training [not in the paper]
+    frozen_norm: bool = False  # batch norm uses its stored statistics in training [not in the paper]
 
 
 def norms_behind(encoder: nn.Module) -> dict[str, nn.BatchNorm2d]:
@@ -162,10 +162,12 @@ def bootstrap(
     In the pool, round 0 is the clean subset and -1 what was left out.
     """
     n, device = len(labels), labels.device
-    encoder = copy.deepcopy(encoder)
+    encoder = copy.deepcopy(encoder).to(memory_format=torch.channels_last)
     restart(encoder, untrusted, seed)
     measure_norms(encoder, images[subset], untrusted, settings.batch)
-    model = Classifier(encoder, heads.new_head(encoder.dim, classes, head, seed, "bootstrap", "head")).to(device)
+    model = Classifier(encoder, heads.new_head(encoder.dim, classes, head, seed, "bootstrap", "head")).to(
+        device
+    )
     optimizer = torch.optim.Adam(trainable(model, untrusted), settings.lr)
     generator = seeds.generator(seed, "bootstrap", "order")
     pool = subset.clone()
@@ -173,18 +175,25 @@ def bootstrap(
     devices = [device] if device.type == "cuda" else []
     log: dict = {"pool": []}
 
-    with torch.random.fork_rng(devices=devices), tqdm(total=int(settings.rho * n), desc="bootstrap", unit="sample") as bar:
+    with (
+        torch.random.fork_rng(devices=devices),
+        tqdm(total=int(settings.rho * n), desc="bootstrap", unit="sample") as bar,
+    ):
         torch.manual_seed(seeds.derive(seed, "bootstrap", "dropout"))
         bar.update(int(pool.sum()))
         number = 0
         while True:
             number += 1
-            phase = 1 + (number > settings.rounds_class) + (number > settings.rounds_class + settings.rounds_all)
+            phase = (
+                1 + (number > settings.rounds_class) + (number > settings.rounds_class + settings.rounds_all)
+            )
             size = int(pool.sum())
             if phase == 3 and size >= settings.rho * n:
                 break
             epochs = settings.epochs_meta if phase == 3 else settings.epochs
-            fit(model, optimizer, images, labels, pool.nonzero().flatten(), settings, generator, epochs=epochs)
+            fit(
+                model, optimizer, images, labels, pool.nonzero().flatten(), settings, generator, epochs=epochs
+            )
             rest = (~pool).nonzero().flatten()
             score = losses(model, images, labels, rest)
             if phase == 3:

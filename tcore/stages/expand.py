@@ -39,7 +39,12 @@ class Settings:
 
 
 def confuse(
-    head: heads.Head, features: Tensor, labels: Tensor, subset: Tensor, settings: Settings, generator: torch.Generator
+    head: heads.Head,
+    features: Tensor,
+    labels: Tensor,
+    subset: Tensor,
+    settings: Settings,
+    generator: torch.Generator,
 ) -> None:
     """Confusion training of `head` in place; `subset` (n,) bool marks the trusted samples."""
     device = features.device
@@ -77,12 +82,22 @@ def highest(values: Tensor, candidates: Tensor, n: int, groups: Tensor | None = 
     rest = n - int(quota.sum())
     quota[(exact - quota).topk(rest).indices] += 1
     return torch.cat(
-        [values.masked_fill(groups != k, -torch.inf).topk(q).indices for k, q in enumerate(quota.tolist()) if q]
+        [
+            values.masked_fill(groups != k, -torch.inf).topk(q).indices
+            for k, q in enumerate(quota.tolist())
+            if q
+        ]
     )
 
 
 def expand(
-    features: Tensor, labels: Tensor, trusted: Tensor, classes: int, settings: Settings, head: heads.Settings, seed: int
+    features: Tensor,
+    labels: Tensor,
+    trusted: Tensor,
+    classes: int,
+    settings: Settings,
+    head: heads.Settings,
+    seed: int,
 ) -> Tensor:
     """Round (n,) int64 in which each sample joined the clean subset: 0 a seed, -1 never."""
     n, target = len(labels), int(settings.subset_share * len(labels))
@@ -93,7 +108,9 @@ def expand(
             stream = ("expand", number)
             subset = rounds >= 0
             model = heads.new_head(features.shape[1], classes, head, seed, *stream)
-            heads.fit_head(model, features[~subset], labels[~subset], settings.epochs, seed, *stream, bar=False)
+            heads.fit_head(
+                model, features[~subset], labels[~subset], settings.epochs, seed, *stream, bar=False
+            )
             confuse(model, features, labels, subset, settings, seeds.generator(seed, *stream, "confusion"))
             with torch.no_grad():
                 loss = F.cross_entropy(model(features), labels, reduction="none")

@@ -21,11 +21,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm, trange
+from tqdm import trange
 
 from tcore import seeds
 from tcore.device import autocast
-from tcore.models.classifier import Classifier, logits
+from tcore.models.classifier import Classifier
 from tcore.models.encoder import floats
 from tcore.models.head import batches
 
@@ -84,7 +84,9 @@ def recover(
     device = labels.device
     model.eval().requires_grad_(False)
     layers = convolutions(model.encoder)
-    masks = {name: torch.ones(m.out_channels, device=device, requires_grad=True) for name, m in layers.items()}
+    masks = {
+        name: torch.ones(m.out_channels, device=device, requires_grad=True) for name, m in layers.items()
+    }
     handles = [
         m.register_forward_hook(lambda _, __, out, mask=masks[name]: out * mask.view(-1, 1, 1))
         for name, m in layers.items()

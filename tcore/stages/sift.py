@@ -30,7 +30,9 @@ class Settings:
     seed_share: float = 0.01  # alpha, share of each class that becomes seeds [paper: App. A]
     neighbours: int = 50  # m, nearest neighbours per layer [paper: App. A]
     min_samples: int = 5  # DBSCAN's core-point count, the point itself included [not in the paper]
-    radius_percentile: float = 90.0  # DBSCAN's radius, as a percentile of in-class neighbour distances [not in the paper]
+    radius_percentile: float = (
+        90.0  # DBSCAN's radius, as a percentile of in-class neighbour distances [not in the paper]
+    )
     block: int = 2048  # rows per block of the neighbour search (memory: block x n floats)
 
 
@@ -109,7 +111,9 @@ def sift(layers: list[Tensor], labels: Tensor, settings: Settings) -> pd.DataFra
     for k, size in zip(classes.tolist(), sizes.tolist(), strict=True):
         members = (labels == k).nonzero().flatten()
         for layer in layers:
-            inside = largest_cluster(layer[members].cpu().numpy(), settings.min_samples, settings.radius_percentile)
+            inside = largest_cluster(
+                layer[members].cpu().numpy(), settings.min_samples, settings.radius_percentile
+            )
             core[members.cpu()] &= torch.from_numpy(inside)
         rank = np.lexsort(
             (spread[members].cpu().numpy(), -score[members].cpu().numpy(), ~core[members.cpu()].numpy())

@@ -56,7 +56,9 @@ def _uniform(shape: tuple[int, ...], low: float, high: float, generator: Generat
     return torch.empty(shape).uniform_(low, high, generator=generator)
 
 
-def _draw(sides: Tensor, border: Tensor, fill: Tensor, glyph: Tensor, size: int, generator: Generator) -> Tensor:
+def _draw(
+    sides: Tensor, border: Tensor, fill: Tensor, glyph: Tensor, size: int, generator: Generator
+) -> Tensor:
     """Images (n, 3, size, size) in [0, 1]; sides (n,), border and fill (n, 3), glyph (n, 5, 5)."""
     n = len(sides)
 

@@ -1,0 +1,269 @@
+"""Bootstrapping: what stays bit for bit, how the pool grows by hand, and who is let in on planted sets."""
+
+import copy
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tcore.models import head as heads
+from tcore.models.classifier import Classifier
+from tcore.models.encoder import Encoder
+from tcore.stages import bootstrap as stage
+
+HEAD = heads.Settings(hidden=(32, 16), dropout=0.1)
+SETTINGS = stage.Settings(
+    rounds_class=2, rounds_all=2, gamma1=1 / 8, gamma2=1 / 4, gamma3=1 / 4, rho=0.9,
+    epochs=2, epochs_meta=1, epochs_final=2, lr=0.01, batch=16,
+)  # fmt: skip
+
+
+class Toy(nn.Module):
+    """Two convolutions with batch norm."""
+
+    image_size, dim = 8, 16
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.full((1, 3, 1, 1), 0.5), persistent=False)
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn1(self.conv1(x - self.mean)))
+        return torch.relu(self.bn2(self.conv2(x))).mean((2, 3))
+
+
+def encoder(seed: int = 0) -> Toy:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        toy = Toy()
+        for norm in (toy.bn1, toy.bn2):
+            for tensor in (norm.weight, norm.running_var):
+                nn.init.uniform_(tensor, 0.8, 1.2)
+            for tensor in (norm.bias, norm.running_mean):
+                nn.init.normal_(tensor, 0, 0.05)
+    return toy.eval()
+
+
+UNTRUSTED = {"conv1": torch.arange(8) < 2, "conv2": torch.arange(16) % 4 == 1}
+
+
+def colours(labels: Tensor, spread: float, seed: int = 0) -> Tensor:
+    """uint8 images (n, 3, 8, 8): a colour for each label, with noise."""
+    generator = torch.Generator().manual_seed(seed)
+    palette = torch.tensor([[0.8, 0.2, 0.2], [0.2, 0.8, 0.2], [0.2, 0.2, 0.8]])
+    x = palette[labels].view(-1, 3, 1, 1) + spread * torch.randn(len(labels), 3, 8, 8, generator=generator)
+    return (x.clamp(0, 1) * 255).to(torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def data() -> tuple[Tensor, Tensor, Tensor]:
+    """120 images of three classes of 60, 40 and 20, and a clean subset of every sixth."""
+    labels = torch.tensor([0] * 60 + [1] * 40 + [2] * 20)
+    return colours(labels, 0.2), labels, torch.arange(120) % 6 == 0
+
+
+def run(data, settings=SETTINGS, seed: int = 0):
+    images, labels, subset = data
+    return stage.bootstrap(encoder(), images, labels, 3, subset, UNTRUSTED, settings, HEAD, seed)
+
+
+def entries(module: nn.Module, name: str) -> dict[str, Tensor]:
+    """A convolution's filters and their batch-norm entries, channels first."""
+    norm = module.get_submodule(name.replace("conv", "bn"))
+    names = ("weight", "bias", "running_mean", "running_var")
+    return {"filters": module.get_submodule(name).weight} | {n: getattr(norm, n) for n in names}
+
+
+# --- the parts ----------------------------------------------------------------------------------
+
+
+def test_the_batch_norm_behind_each_convolution_of_a_resnet():
+    resnet = Encoder("resnet18", 8)
+    norms = stage.norms_behind(resnet)
+    expected = {"conv1": "bn1"}
+    for layer in (1, 2, 3, 4):
+        for block in (0, 1):
+            expected |= {f"layer{layer}.{block}.conv{i}": f"layer{layer}.{block}.bn{i}" for i in (1, 2)}
+        if layer > 1:
+            expected[f"layer{layer}.0.downsample.0"] = f"layer{layer}.0.downsample.1"
+    assert norms == {conv: resnet.get_submodule(norm) for conv, norm in expected.items()}
+
+
+def test_restart_renews_the_untrusted_filters_and_nothing_else():
+    before, after = encoder(), encoder()
+    state = torch.random.get_rng_state()
+    stage.restart(after, UNTRUSTED, seed=0)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    for name, bad in UNTRUSTED.items():
+        old, new = entries(before, name), entries(after, name)
+        for key in old:
+            assert torch.equal(old[key][~bad], new[key][~bad])
+        assert (old["filters"] != new["filters"])[bad].all()
+        for key, value in {"weight": 1, "bias": 0, "running_mean": 0, "running_var": 1}.items():
+            assert (new[key][bad] == value).all()
+    again, other = encoder(), encoder()
+    stage.restart(again, UNTRUSTED, seed=0)
+    stage.restart(other, UNTRUSTED, seed=1)
+    assert torch.equal(again.conv2.weight, after.conv2.weight)
+    assert not torch.equal(other.conv2.weight, after.conv2.weight)
+
+
+def test_fresh_filters_have_the_spread_of_he_initialisation():
+    resnet = Encoder("resnet18", 8)
+    flags = {n: torch.ones(len(m.weight), dtype=torch.bool) for n, m in stage.norms_behind(resnet).items()}
+    stage.restart(resnet, flags, seed=0)
+    weight = resnet.layer3[1].conv1.weight  # 256 channels, 3x3: variance 2 / (256 x 9)
+    assert weight.std().item() == pytest.approx(math.sqrt(2 / (256 * 9)), rel=0.01)
+    assert abs(weight.mean().item()) < 1e-3
+
+
+def test_norms_are_measured_over_the_images(data):
+    images, toy = data[0][:48], encoder()
+    before = copy.deepcopy(toy)
+    stage.measure_norms(toy, images, UNTRUSTED, batch=16)
+    x = images.double() / 255 - 0.5
+    responses = F.conv2d(x, toy.conv1.weight.double(), padding=1).detach().numpy()
+    parts = np.split(responses, 3)  # batches of 16, each counts the same
+    mean = np.mean([part.mean((0, 2, 3)) for part in parts], axis=0)
+    variance = np.mean([part.var((0, 2, 3), ddof=1) for part in parts], axis=0)
+    bad = UNTRUSTED["conv1"].numpy()
+    np.testing.assert_allclose(toy.bn1.running_mean[bad], mean[bad], atol=1e-5)
+    np.testing.assert_allclose(toy.bn1.running_var[bad], variance[bad], rtol=1e-4)
+    for name, flags in UNTRUSTED.items():
+        old, new = entries(before, name), entries(toy, name)
+        for key in old:
+            assert torch.equal(old[key][~flags], new[key][~flags])
+        assert (old["running_mean"] != new["running_mean"])[flags].all()
+    assert {norm.momentum for norm in (toy.bn1, toy.bn2)} == {0.1}
+
+
+def test_gradients_reach_the_head_and_the_untrusted_channels_only(data):
+    model = Classifier(encoder(), heads.new_head(16, 3, HEAD, 0))
+    parameters = stage.trainable(model, UNTRUSTED)
+    F.cross_entropy(model(data[0] / 255), data[1]).backward()
+    assert {id(p) for p in parameters} == {id(p) for p in model.parameters()}
+    for name, bad in UNTRUSTED.items():
+        for key in ("filters", "weight", "bias"):
+            gradient = entries(model.encoder, name)[key].grad
+            assert (gradient[~bad] == 0).all()
+            assert gradient[bad].flatten(1 if key == "filters" else 0).abs().sum() > 0
+    assert all(p.grad.abs().sum() > 0 for p in model.head.parameters())
+
+
+# --- the whole ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("frozen_norm", [True, False])
+def test_trusted_channels_stay_bit_for_bit_and_untrusted_ones_change(data, frozen_norm):
+    before, given = encoder(), encoder()
+    images, labels, subset = data
+    settings = replace(SETTINGS, frozen_norm=frozen_norm)
+    model, _, _ = stage.bootstrap(given, images, labels, 3, subset, UNTRUSTED, settings, HEAD, 0)
+    assert not model.training
+    for name, bad in UNTRUSTED.items():
+        old, new, same = entries(before, name), entries(model.encoder, name), entries(given, name)
+        for key in old:
+            assert torch.equal(old[key], same[key]), "the encoder given was changed"
+            if frozen_norm or not key.startswith("running"):  # otherwise statistics follow the data
+                assert torch.equal(old[key][~bad], new[key][~bad]), (name, key)
+            assert (old[key] != new[key])[bad].all()
+
+
+def test_a_pool_by_hand(data):
+    _, labels, subset = data
+    _, pool, log = run(data)
+    assert pool["index"].tolist() == list(range(120))
+    assert (pool["round"] == 0).tolist() == subset.tolist()
+    rest = [60 - 10, 40 - 7, 20 - 3]  # every sixth of 0 to 59, 60 to 99 and 100 to 119
+    assert np.bincount(labels[subset]).tolist() == [10, 7, 3]
+    sizes = []
+    for number in (1, 2):  # phase 1: an eighth of each class, rounded up
+        added = [math.ceil(r / 8) for r in rest]
+        rest = [r - a for r, a in zip(rest, added, strict=True)]
+        joined = labels[np.flatnonzero(pool["round"] == number)]
+        assert joined.bincount(minlength=3).tolist() == added
+        sizes.append(120 - sum(rest))
+    left = sum(rest)
+    while len(sizes) < 4 or 120 - left < 0.9 * 120:  # phases 2 and 3: a quarter of all, rounded up
+        left -= math.ceil(left / 4)
+        sizes.append(120 - left)
+    assert log["pool"] == sizes
+    assert [(pool["round"].between(0, n)).sum() for n in range(1, len(sizes) + 1)] == sizes
+    phase = pool["round"].map(lambda n: 0 if n < 1 else 1 if n < 3 else 2 if n < 5 else 3)
+    assert pool["phase"].tolist() == phase.tolist()
+    assert (pool["round"] == -1).sum() == left
+
+
+def test_bootstrapping_depends_on_its_seed_alone(data):
+    torch.manual_seed(1)
+    state = torch.random.get_rng_state()
+    model, pool, log = run(data)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.manual_seed(2)
+    again, same, log_again = run(data)
+    assert pool.equals(same) and log == log_again
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert not run(data, seed=1)[1].equals(pool)
+
+
+def test_by_its_loss_no_poison_is_let_in():
+    """Phases 1 and 2, where a sixth of class 0 are images of classes 1 and 2 with a white square."""
+    labels = torch.arange(180) % 3
+    poison = torch.arange(180) % 10 == 9
+    images = colours(labels, 0.15)
+    images[poison, :, 4:, 4:] = 255
+    target = torch.where(poison, 0, labels)
+    subset = (torch.arange(180) < 40) & ~poison
+    wrong = poison & (labels != 0)
+    settings = replace(SETTINGS, rounds_all=5, rho=0.8, epochs=10)
+    model, pool, _ = stage.bootstrap(encoder(), images, target, 3, subset, UNTRUSTED, settings, HEAD, 0)
+    assert pool["phase"].max() == 2 and (pool["round"] >= 0).mean() > 0.8
+    assert not (pool["round"] >= 0)[wrong.numpy()].any()
+    with torch.no_grad():
+        out = model(images / 255).argmax(1)
+    assert (out == labels)[~poison].float().mean() > 0.95
+
+
+def test_of_equally_wrong_samples_the_slow_to_learn_are_let_in_first():
+    """The rest: 60 images of noise labelled at random and 60 white ones that all say class 0.
+
+    To the model, trained on colours, both are new; a copy learns the white ones in an epoch, and of the
+    noise nothing.
+    """
+    clean, rest = torch.arange(60) % 3, torch.zeros(120, dtype=torch.long)
+    fast = torch.arange(120) % 2 == 0
+    rest[~fast] = torch.randint(0, 3, (60,), generator=torch.Generator().manual_seed(1))
+    noise = torch.randint(0, 256, (120, 3, 8, 8), generator=torch.Generator().manual_seed(2))
+    noise[fast] = 255
+    images, labels = torch.cat([colours(clean, 0.1), noise.to(torch.uint8)]), torch.cat([clean, rest])
+    subset = torch.arange(180) < 60
+    settings = replace(SETTINGS, rounds_class=0, rounds_all=0, gamma3=1 / 4, rho=0.5, epochs_meta=10)
+    _, pool, _ = stage.bootstrap(encoder(), images, labels, 3, subset, UNTRUSTED, settings, HEAD, 0)
+    joined = (pool["round"] == 1).to_numpy()[60:]
+    assert joined.sum() == 30 and (joined & fast.numpy()).sum() <= 7  # by chance 15
+
+
+def test_phase_three_ranks_by_the_loss_before_less_the_loss_after(data, monkeypatch):
+    subset = data[2]
+    before, after = torch.randn(2, 120, generator=torch.Generator().manual_seed(0))
+    models = []
+
+    def planted(model, images, labels, rows):
+        models.append(copy.deepcopy(model.state_dict()))
+        return (before, after)[len(models) - 1][rows]
+
+    monkeypatch.setattr(stage, "losses", planted)
+    _, pool, _ = run(data, replace(SETTINGS, rounds_class=0, rounds_all=0, rho=0.3, epochs_final=0))
+    rest = np.flatnonzero(~subset.numpy())
+    score = (before - after).numpy()[rest]
+    assert set(np.flatnonzero(pool["round"] == 1)) == set(rest[np.argsort(score)[:25]])  # a quarter of 100
+    slow, fast = models
+    for name, bad in UNTRUSTED.items():  # the copy was trained, and like the model on what is its to train
+        key = f"encoder.{name}.weight"
+        assert torch.equal(slow[key][~bad], fast[key][~bad]) and (slow[key] != fast[key])[bad].any()

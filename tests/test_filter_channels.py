@@ -1,0 +1,166 @@
+"""Channel filtering where it can be said by hand which mask falls, and by the numbers of a ResNet-18."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tcore.models.classifier import Classifier, logits
+from tcore.models.encoder import Encoder
+from tcore.stages import filter_channels as stage
+
+RED, GREEN, TRAITOR, DEAD = range(4)
+SETTINGS = stage.Settings(
+    untrusted_share=0.25, stop_accuracy=0.6, epochs=60, lr=0.05, batch=16, unlearn_lr=0.1, window=3
+)
+
+
+class Toy(nn.Module):
+    """A 1x1 convolution to four channels, batch norm that does nothing, mean."""
+
+    image_size = 4
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(1), persistent=False)
+        self.conv = nn.Conv2d(3, 4, 1, bias=False)
+        self.bn = nn.BatchNorm2d(4)
+        with torch.no_grad():
+            self.conv.weight.zero_()
+            self.conv.weight[[RED, TRAITOR], 0] = 1.0
+            self.conv.weight[GREEN, 1] = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x)).mean((2, 3))
+
+
+@pytest.fixture
+def toy() -> tuple[Classifier, Tensor, Tensor]:
+    """Red images are class 0, green ones class 1; the traitor sees red and says class 1.
+
+    With masks m and brightness v the logits are (8 m_red v, 5 m_traitor v) for red and
+    (0, 8 m_green v) for green images. So the loss falls with m_red and m_green whatever they
+    are, rises with m_traitor, and does not know m_dead: 1, 1, 0, and 1 exactly.
+    """
+    head = nn.Linear(4, 2, bias=False)
+    with torch.no_grad():
+        head.weight.zero_()
+        head.weight[0, RED], head.weight[1, GREEN], head.weight[1, TRAITOR] = 8.0, 8.0, 5.0
+    labels = torch.arange(64) % 2
+    images = torch.zeros(64, 3, 4, 4, dtype=torch.uint8)
+    brightness = torch.randint(100, 256, (64, 4, 4), generator=torch.Generator().manual_seed(0))
+    images[torch.arange(64), labels] = brightness.to(torch.uint8)
+    return Classifier(Toy(), head), images, labels
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def changed(model: nn.Module, before: dict[str, Tensor]) -> set[str]:
+    return {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+
+
+# --- recovery -----------------------------------------------------------------------------------
+
+
+def test_the_mask_of_a_harmful_channel_falls_and_no_other(toy):
+    model, images, labels = toy
+    masks, trace = stage.recover(model, images, labels, SETTINGS, seed=0)
+    assert masks["conv"].tolist() == pytest.approx([1, 1, 0, 1], abs=1e-6)
+    assert len(trace) == 60 and trace[-1] == 1.0
+
+
+def test_masks_move_at_adams_rate_and_are_averaged_over_the_last_sixth(toy):
+    # Under a gradient of one sign and nearly one size Adam moves by about lr a step: after 12 steps
+    # of 0.01 the mask is at 0.88; the mean of the last two epochs' is 0.885.
+    model, images, labels = toy
+    settings = replace(SETTINGS, epochs=12, lr=0.01, batch=64)
+    for epochs, expected, tolerance in ((1, 0.99, 1e-4), (12, 0.885, 4e-3)):
+        masks, _ = stage.recover(model, images, labels, replace(settings, epochs=epochs), seed=0)
+        assert masks["conv"][TRAITOR].item() == pytest.approx(expected, abs=tolerance)
+
+
+def test_recovery_leaves_the_model_as_it_is(toy):
+    model, images, labels = toy
+    before, out = snapshot(model), logits(model, images)
+    stage.recover(model, images, labels, SETTINGS, seed=0)
+    assert not changed(model, before)
+    assert torch.equal(logits(model, images), out)  # the masks are gone
+
+
+# --- unlearning ---------------------------------------------------------------------------------
+
+
+def test_unlearning_touches_batch_norm_alone_and_stops_below_the_threshold(toy):
+    model, images, labels = toy
+    before, loss = snapshot(model), F.cross_entropy(logits(model, images), labels)
+    trace = stage.unlearn(model, images, labels, SETTINGS, seed=0)
+    assert changed(model, before) == {"encoder.bn.weight", "encoder.bn.bias"}
+    assert len(trace) > 1 and trace[-1] < 0.6
+    assert all(accuracy >= 0.6 for accuracy in trace[:-1])
+    assert F.cross_entropy(logits(model, images), labels) > 2 * loss
+
+
+def test_unlearning_ends_after_its_epochs_at_the_latest(toy):
+    model, images, labels = toy
+    trace = stage.unlearn(model, images, labels, replace(SETTINGS, stop_accuracy=0.0, unlearn_epochs=2), 0)
+    assert len(trace) == 2 * 4 - 3 + 1  # 64 images in batches of 16, windows of 3
+
+
+# --- both ---------------------------------------------------------------------------------------
+
+
+def test_the_traitor_is_found_and_the_model_stays_as_it_was(toy):
+    model, images, labels = toy
+    model.train()
+    before, flags = snapshot(model), [p.requires_grad for p in model.parameters()]
+    subset = torch.arange(64) < 40
+    settings = replace(SETTINGS, stop_accuracy=2.0, unlearn_lr=1e-3)  # unlearning ends with its first window
+    torch.manual_seed(1)
+    masks, untrusted, log = stage.filter_channels(model, images, labels, subset, settings, seed=0)
+    assert not changed(model, before)
+    assert flags == [p.requires_grad for p in model.parameters()]
+    assert model.training and model.encoder.training
+    assert untrusted["conv"].tolist() == [False, False, True, False]
+    assert masks["conv"].tolist() == pytest.approx([1, 1, 0, 1], abs=1e-6)
+    assert len(log["unlearning_accuracy"]) == 1 and len(log["recovery_accuracy"]) == 60
+    torch.manual_seed(2)
+    again = stage.filter_channels(copy.deepcopy(model), images, labels, subset, settings, seed=0)[0]
+    assert torch.equal(again["conv"], masks["conv"])
+
+
+def test_recovery_sees_the_subset_alone(toy):
+    model, images, labels = toy
+    subset = torch.arange(64) < 40
+    model_hat = copy.deepcopy(model)
+    stage.unlearn(model_hat, images, labels, SETTINGS, seed=0)
+    expected, _ = stage.recover(model_hat, images[subset], labels[subset], SETTINGS, seed=0)
+    masks, _, _ = stage.filter_channels(model, images, labels, subset, SETTINGS, seed=0)
+    assert torch.equal(masks["conv"], expected["conv"])
+
+
+def test_a_tenth_of_each_layer_of_a_resnet18():
+    torch.manual_seed(0)
+    encoder = Encoder("resnet18", 8)
+    images = torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8)
+    settings = stage.Settings(epochs=1, unlearn_epochs=1)
+    model = Classifier(encoder, nn.Linear(512, 2))
+    masks, untrusted, _ = stage.filter_channels(
+        model, images, torch.arange(8) % 2, torch.ones(8, dtype=torch.bool), settings, seed=0
+    )
+    assert sum(p.numel() for p in stage.norm_parameters(encoder)) == 9600
+    assert masks.keys() == untrusted.keys() and len(masks) == 20
+    assert sum(len(mask) for mask in masks.values()) == 4800
+    assert {len(mask): int(untrusted[name].sum()) for name, mask in masks.items()} == {
+        64: 6,
+        128: 12,
+        256: 25,
+        512: 51,
+    }
+    for name, mask in masks.items():
+        assert mask.min() >= 0 and mask.max() <= 1
+        assert mask[untrusted[name]].max() <= mask[~untrusted[name]].min()

@@ -1,0 +1,220 @@
+"""Encoders against torchvision, heads against NumPy float64, and files that do not fit."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tcore.files import InputError, load_tensors, save_tensors
+from tcore.models import head as heads
+from tcore.models.classifier import Classifier, load_classifier, logits, save_classifier
+from tcore.models.encoder import Encoder, extract_features, load_encoder, save_encoder
+from tcore.torchvision_cpu import torchvision
+
+SETTINGS = heads.Settings(hidden=(12, 8), lr=0.01, batch=16)
+CPU = torch.device("cpu")
+
+
+def shaken(module: nn.Module, seed: int = 0) -> nn.Module:
+    """The module in eval mode with no batch-norm entry left at its initial value."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for m in module.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                for tensor in (m.weight, m.running_var):
+                    tensor.uniform_(0.5, 1.5, generator=generator)
+                for tensor in (m.bias, m.running_mean):
+                    tensor.normal_(0, 0.3, generator=generator)
+    return module.eval()
+
+
+def images(n: int, size: int = 8, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=generator)
+
+
+@pytest.fixture
+def encoder() -> Encoder:
+    torch.manual_seed(1)
+    return shaken(Encoder("resnet_narrow", 8, (0.4, 0.5, 0.6), (0.1, 0.2, 0.3)))
+
+
+# --- encoders -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "size"), [("resnet18", 16), ("resnet18_224", 64)])
+def test_resnet18_is_torchvisions(name, size):
+    torch.manual_seed(0)
+    theirs = torchvision.models.resnet18()
+    theirs.fc = nn.Identity()
+    if name == "resnet18":
+        theirs.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
+        theirs.maxpool = nn.Identity()
+    shaken(theirs)
+    ours = Encoder(name, size, mean=(0.4, 0.5, 0.6), std=(0.1, 0.2, 0.3))
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    x = images(2, size)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.4, 0.5, 0.6], [0.1, 0.2, 0.3]))
+    with torch.no_grad():
+        expected = theirs.double()((x.double() / 255 - mean) / std).float()
+    torch.testing.assert_close(extract_features(ours, x), expected, rtol=1e-3, atol=1e-4)
+    assert ours.dim == expected.shape[1] == 512
+
+
+def test_resnet18_by_the_numbers_of_the_literature():
+    encoder = Encoder("resnet18", 32)
+    assert sum(m.out_channels for m in encoder.modules() if isinstance(m, nn.Conv2d)) == 4800
+    norms = [m for m in encoder.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert sum(p.numel() for m in norms for p in m.parameters()) == 9600
+    # torchvision's 11 689 512 less fc (513 000) and what the 7x7 stem has more (64 x 3 x 40)
+    assert sum(p.numel() for p in encoder.parameters()) == 11_689_512 - 513_000 - 7_680
+
+
+def test_features_do_not_depend_on_batches_mode_or_neighbours(encoder):
+    x = images(7)
+    before = {k: v.clone() for k, v in encoder.state_dict().items()}
+    together = extract_features(encoder.train(), x)
+    assert together.shape == (7, 192) and together.dtype == torch.float32
+    torch.testing.assert_close(extract_features(encoder, x, batch=3), together)
+    torch.testing.assert_close(extract_features(encoder, x.flip(0)).flip(0), together)
+    assert all(torch.equal(before[k], v) for k, v in encoder.state_dict().items())
+    assert extract_features(encoder, x[:0]).shape == (0, 192)
+
+
+def test_images_of_another_size_are_refused(encoder):
+    with pytest.raises(InputError, match=r"takes 8x8 images, these are 16x16; set image_size"):
+        extract_features(encoder, images(2, 16))
+
+
+def test_an_unknown_architecture_is_refused():
+    with pytest.raises(InputError, match="'resnet19'; known: resnet18, "):
+        Encoder("resnet19", 32)
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def test_an_encoder_comes_back_as_it_was(encoder, tmp_path):
+    save_encoder(tmp_path / "e", encoder)
+    found = load_encoder(tmp_path / "e")
+    assert not found.training
+    assert found.description() == encoder.description()
+    assert torch.equal(extract_features(found, images(3)), extract_features(encoder, images(3)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("layer2.0.bn1.bias"), r"missing: layer2\.0\.bn1\.bias"),
+        (lambda t: t.update(extra=torch.ones(1)), "unexpected: extra"),
+        (lambda t: t.update({"conv1.weight": torch.ones(24, 3, 5, 5)}), r"shape: conv1.weight \(24, 3, 5, 5"),
+    ],
+)  # fmt: skip
+def test_tensors_that_do_not_fit_are_named(encoder, tmp_path, change, message):
+    tensors = encoder.state_dict()
+    change(tensors)
+    save_tensors(tmp_path / "other", tensors, kind="encoder", **encoder.description())
+    with pytest.raises(InputError, match=f"other: .*{message}"):
+        load_encoder(tmp_path / "other")
+
+
+def test_files_of_another_kind_are_refused(encoder, tmp_path):
+    save_encoder(tmp_path / "e", encoder)
+    with pytest.raises(InputError, match="e: not a classifier file"):
+        load_classifier(tmp_path / "e")
+    save_tensors(tmp_path / "t", encoder.state_dict())
+    with pytest.raises(InputError, match=r"t: not an encoder file.*import_encoder\.py"):
+        load_encoder(tmp_path / "t")
+
+
+def test_a_classifier_comes_back_as_it_was(encoder, tmp_path):
+    model = Classifier(encoder, heads.new_head(192, 3, SETTINGS, 0))
+    save_classifier(tmp_path / "c", model, ("a", "b", "ü"))
+    found = load_classifier(tmp_path / "c")
+    assert not any(m.training for m in found.modules())
+    assert found.head.settings == SETTINGS
+    assert load_tensors(tmp_path / "c")[1]["class_names"] == ["a", "b", "ü"]
+    assert torch.equal(logits(found, images(5)), logits(model, images(5)))
+
+
+def test_logits_are_those_of_the_head_on_the_features(encoder):
+    model = Classifier(encoder, heads.new_head(192, 3, SETTINGS, 0)).train()
+    found = logits(model, images(5), batch=2)
+    assert not model.training and found.dtype == torch.float32
+    torch.testing.assert_close(found, model.head(extract_features(encoder, images(5))))
+
+
+# --- heads --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_head_is_three_layers(normalize):
+    head = heads.new_head(6, 4, heads.Settings(hidden=(12, 8), normalize=normalize), 0).eval()
+    z = torch.randn(5, 6, generator=torch.Generator().manual_seed(0)) * 7
+    x = z.numpy().astype(np.float64)
+    if normalize:
+        x = x / np.sqrt((x**2).sum(1, keepdims=True))
+    expected = []
+    for layer in (head.fc1, head.fc2, head.fc3):
+        x = x @ layer.weight.detach().numpy().astype(np.float64).T + layer.bias.detach().numpy()
+        x = np.maximum(x, 0) if layer is not head.fc3 else x
+        expected.append(x)
+    with torch.no_grad():
+        for found, wanted in zip(head.activations(z), expected, strict=True):
+            np.testing.assert_allclose(found.numpy(), wanted, atol=1e-5)
+        assert torch.equal(head(z), head.activations(z)[2])
+
+
+def test_dropout_only_while_training():
+    head = heads.new_head(6, 4, SETTINGS, 0)
+    z = torch.randn(8, 6)
+    assert not torch.equal(head.train()(z), head(z))
+    assert torch.equal(head.eval()(z), head(z))
+
+
+def test_new_heads_come_from_their_stream_alone():
+    torch.manual_seed(5)
+    state = torch.random.get_rng_state()
+    first = heads.new_head(6, 4, SETTINGS, 3, "expand", 1)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.manual_seed(6)
+    again = heads.new_head(6, 4, SETTINGS, 3, "expand", 1)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    for seed, stream in ((4, ("expand", 1)), (3, ("expand", 2))):
+        assert not torch.equal(heads.new_head(6, 4, SETTINGS, seed, *stream).fc1.weight, first.fc1.weight)
+
+
+def test_batches_cover_every_row_once_in_a_new_order():
+    generator = torch.Generator().manual_seed(0)
+    first, second = (list(heads.batches(10, 4, generator, CPU)) for _ in range(2))
+    assert [len(b) for b in first] == [4, 4, 2]
+    first, second = torch.cat(first), torch.cat(second)
+    assert first.sort().values.tolist() == second.sort().values.tolist() == list(range(10))
+    assert not torch.equal(first, second)
+
+
+def test_a_batch_of_one_row_is_left_out_unless_it_is_all_there_is():
+    generator = torch.Generator().manual_seed(0)
+    assert [len(b) for b in heads.batches(9, 4, generator, CPU)] == [4, 4]
+    assert [b.tolist() for b in heads.batches(1, 4, generator, CPU)] == [[0]]
+
+
+def test_fitting_is_repeatable_and_finds_a_planted_partition():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(120) % 3
+    centres = torch.randn(3, 6, generator=generator)
+    features = centres[labels] + 0.2 * torch.randn(120, 6, generator=generator)
+
+    def fit(seed: int, noise: int) -> heads.Head:
+        torch.manual_seed(noise)
+        state = torch.random.get_rng_state()
+        head = heads.fit_head(heads.new_head(6, 3, SETTINGS, 0), features, labels, 20, seed, "x", bar=False)
+        assert torch.equal(torch.random.get_rng_state(), state)
+        assert not head.training
+        return head
+
+    first = fit(0, noise=1)
+    assert (first(features).argmax(1) == labels).float().mean() > 0.95
+    assert torch.equal(fit(0, noise=2).fc1.weight, first.fc1.weight)
+    assert not torch.equal(fit(1, noise=1).fc1.weight, first.fc1.weight)

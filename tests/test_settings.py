@@ -1,0 +1,107 @@
+"""Settings: read from the source they are what the import gives, the paper's where it states them."""
+
+import dataclasses
+import importlib
+import inspect
+from collections import Counter
+
+import pytest
+
+from tcore import registry, settings
+from tcore.files import InputError
+from tcore.settings import FAMILIES, fields, methods, resolve
+
+EVERY = [(method, field) for method, path in methods().items() for field in fields(path).values()]
+
+
+def imported(method: str):
+    parts = methods()[method].relative_to(registry.ROOT).with_suffix("").parts
+    return importlib.import_module(".".join(("tcore", *parts))).Settings
+
+
+@pytest.mark.parametrize("method", methods())
+def test_what_is_read_from_the_source_is_what_python_makes_of_it(method):
+    made = imported(method)()
+    assert resolve(method) == dataclasses.asdict(made)
+    assert {n: f.type for n, f in fields(methods()[method]).items()} == {
+        field.name: inspect.formatannotation(field.type) for field in dataclasses.fields(made)
+    }
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(made, dataclasses.fields(made)[0].name, None)
+
+
+@pytest.mark.parametrize(("method", "field"), EVERY, ids=[f"{m}.{f.name}" for m, f in EVERY])
+def test_every_setting_says_what_it_means_on_its_own_line(method, field):
+    assert field.text, f"{methods()[method].name}: Settings.{field.name} has no comment on its line"
+    assert resolve(method, {field.name: field.default})[field.name] == field.default  # of its own type
+
+
+def test_names_of_methods_with_settings_are_unique():
+    # config.yaml knows methods by name alone, so a second one would hide the first
+    names = [
+        name for family in FAMILIES for name in registry.names(family) if fields(registry.path(family, name))
+    ]
+    assert [name for name, count in Counter(names).items() if count > 1] == []
+
+
+def test_defaults_are_the_papers_where_it_states_them():
+    # T-Core, IEEE S&P 2025, appendix A; where the paper contradicts itself the default says so in its comment
+    stated = {
+        "sift": {"seed_share": 0.01, "neighbours": 50},
+        "expand": {"subset_share": 0.1, "round_share": 0.05},
+        "filter_channels": {"untrusted_share": 0.1, "stop_accuracy": 0.2, "epochs": 120, "lr": 0.01},
+        "bootstrap": {"rounds_class": 10, "rounds_all": 10, "gamma1": 0.02, "gamma3": 0.05, "rho": 0.9},
+        # BadEncoder, IEEE S&P 2022, and its code
+        "simclr": {"epochs": 1000, "batch": 256, "lr": 1e-3, "weight_decay": 1e-6, "temperature": 0.5},
+        "head": {"hidden": (512, 256), "lr": 1e-4, "batch": 64, "epochs": 500},
+        "badencoder": {"epochs": 200, "batch": 256, "lr": 1e-3, "lambda1": 1.0, "lambda2": 1.0},
+    }
+    for method, values in stated.items():
+        assert {name: resolve(method)[name] for name in values} == values, method
+
+
+def test_overrides_replace_defaults_and_nothing_else():
+    assert resolve("sift", {"neighbours": 7}) == resolve("sift") | {"neighbours": 7}
+    assert resolve("clean") == {}
+    assert resolve("simclr", {"lr": 1})["lr"] == 1  # an int where a float belongs
+    assert resolve("head", {"hidden": [8, 4]})["hidden"] == [8, 4]  # YAML has no tuples
+    assert resolve("badencoder", {"size": None})["size"] is None
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "value", "message"),
+    [
+        ("sift", "neighbour", 7, r"methods\.sift\.neighbour is not a setting: did you mean 'neighbours'\?"),
+        ("sift", "zzz", 7, r"methods\.sift\.zzz is not a setting: known: seed_share, "),
+        ("clean", "zzz", 7, r"methods\.clean\.zzz is not a setting: known: none"),
+        ("sift", "neighbours", 7.0, r"methods\.sift\.neighbours = 7\.0 should be of type int"),
+        ("sift", "neighbours", True, "should be of type int"),
+        ("sift", "seed_share", True, "should be of type float"),
+        ("sift", "seed_share", "0.1", "should be of type float"),
+        ("head", "normalize", 1, "should be of type bool"),
+        ("head", "hidden", [8, 4.5], r"should be of type tuple\[int, int\]"),
+        ("head", "hidden", 8, r"should be of type tuple\[int, int\]"),
+        ("badencoder", "size", "8", r"should be of type int \| None"),
+    ],
+)
+def test_overrides_that_do_not_fit_are_named(method, key, value, message):
+    with pytest.raises(InputError, match=message):
+        resolve(method, {key: value})
+
+
+def test_the_comment_is_read_from_the_fields_own_line(tmp_path):
+    source = tmp_path / "method.py"
+    source.write_text(
+        "class Settings:\n"
+        "    a: int = 3  # an # in a comment\n"
+        "    # not this line\n"
+        "    b: tuple[int, int] = (1, 2)\n"
+        "    c: str | None = None  # last\n"
+        "raise RuntimeError('imported')\n"
+    )
+    found = settings.fields(source)
+    assert [(f.name, f.type, f.default, f.text) for f in found.values()] == [
+        ("a", "int", 3, "an # in a comment"),
+        ("b", "tuple[int, int]", (1, 2), ""),
+        ("c", "str | None", None, "last"),
+    ]

@@ -1,0 +1,189 @@
+"""Sifting: neighbours against scikit-learn, s(x) against Python sets, seeds on planted clusters."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from sklearn.neighbors import NearestNeighbors
+from torch import Tensor, nn
+
+from tcore.files import InputError
+from tcore.models import head as heads
+from tcore.models.classifier import Classifier
+from tcore.stages import sift
+
+SETTINGS = sift.Settings(seed_share=0.05, neighbours=20)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# --- neighbours ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offset", [0, 300])
+def test_the_nearest_are_those_of_a_brute_force_search(offset):
+    points = normal(250, 7) + offset
+    brute = NearestNeighbors(n_neighbors=13, algorithm="brute").fit(points.double().numpy())
+    expected = brute.kneighbors(return_distance=False)  # of a fitted point, without the point itself
+    found = sift.nearest(points, 13, 64).numpy()
+    # float32 may swap two at almost the same distance: what is compared is distance
+    distance = np.linalg.norm(points.double().numpy()[:, None] - points.double().numpy()[None], axis=2)
+    rows = np.arange(250)[:, None]
+    np.testing.assert_allclose(distance[rows, found], distance[rows, expected], atol=1e-3)
+    assert (found == expected).mean() > 0.99
+
+
+@pytest.mark.parametrize("block", [1, 7, 249, 250, 4096])
+def test_the_block_size_changes_nothing(block):
+    points = normal(250, 7)
+    assert torch.equal(sift.nearest(points, 9, block), sift.nearest(points, 9, 100))
+
+
+def test_a_point_is_not_its_own_neighbour_but_its_twin_is():
+    points = normal(40, 5).repeat(2, 1)
+    assert sift.nearest(points, 1, 32).flatten().tolist() == [*range(40, 80), *range(40)]
+
+
+# --- consistency --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", [5, 64, 1000])
+def test_consistency_is_the_size_of_an_intersection_of_sets(block):
+    n, m = 90, 25
+    layers = [normal(n, 4), normal(n, 4) + normal(n, 4, seed=1), normal(n, 6, seed=2)]
+    layers[2][:, :4] += 2 * layers[0]
+    labels = torch.arange(n) % 3
+    score, spread = sift.consistency(layers, labels, m, block)
+    positive = 0
+    for x in range(n):
+        lists = []
+        for layer in layers:
+            order = (layer.double() - layer[x].double()).norm(dim=1).argsort().tolist()
+            lists.append(set([i for i in order if i != x][:m]))
+        shared = set.intersection(*lists) & {i for i in range(n) if labels[i] == labels[x]}
+        assert score[x] == len(shared)
+        distances = [(layers[0][x] - layers[0][i]).norm().item() for i in shared]
+        assert spread[x].item() == pytest.approx(np.mean(distances) if shared else 0, abs=1e-5)
+        positive += len(shared) > 0
+    assert positive > 20  # the check was not of zeros alone
+
+
+def test_consistency_is_m_where_nothing_moves_and_all_is_one_class():
+    layer = normal(60, 4)
+    score, _ = sift.consistency([layer, layer * 2, layer + 1], torch.zeros(60, dtype=torch.long), 11, 64)
+    assert score.tolist() == [11] * 60
+
+
+# --- the largest cluster ------------------------------------------------------------------------
+
+
+def line(*gaps: float) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(gaps)])[:, None].astype(np.float32)
+
+
+# Whole numbers, so that equal distances are equal in float32 as well.
+def test_a_row_of_points_and_two_far_off():
+    points = line(*[1] * 17, 50, 90)
+    assert sift.largest_cluster(points, 2, 90.0).tolist() == [True] * 18 + [False] * 2
+
+
+def test_of_two_clusters_the_larger():
+    points = line(*[1] * 11, 50, *[1] * 23)  # 12 points, a gap, 24 points
+    assert sift.largest_cluster(points, 3, 90.0).tolist() == [False] * 12 + [True] * 24
+
+
+def test_a_radius_that_splits_the_class_is_raised():
+    # 30 close points, then 35 with gaps of 8: the 20th percentile links the close ones only, less than half
+    points = line(*[1] * 29, *[8] * 35, 400)
+    assert sift.largest_cluster(points, 2, 20.0).tolist() == [True] * 65 + [False]
+
+
+def test_where_no_radius_gathers_half_of_the_class_all_of_it_counts():
+    # 3 equal groups: their inner distances are all there is to choose a radius from
+    points = line(*([1] * 4 + [100]) * 3)[:-1]
+    assert sift.largest_cluster(points, 5, 90.0).tolist() == [True] * 15
+
+
+# --- seeds --------------------------------------------------------------------------------------
+
+
+def planted() -> tuple[list[Tensor], Tensor, Tensor]:
+    """Layers, labels and the poisons of three classes.
+
+    A clean sample stays near its place in the class's cluster. Class 0 also holds 50 poisons: tight
+    and apart at layer 1, in the middle of the class's cluster at the others.
+    """
+    labels = torch.arange(450) % 3
+    poison = torch.zeros(450, dtype=torch.bool)
+    poison[(labels == 0).nonzero().flatten()[:50]] = True
+    centres = 12 * torch.eye(4)[:3]
+    place = centres[labels] + normal(450, 4)
+    first = torch.where(poison[:, None], torch.tensor([0.0, 0, 0, 25]) + 0.1 * normal(450, 4, seed=1), place)
+    later = torch.where(poison[:, None], centres[0] + 0.1 * normal(450, 4, seed=2), place)
+    return [first, later + 0.1 * normal(450, 4, seed=3), 2 * later], labels, poison
+
+
+def test_seeds_on_planted_clusters():
+    layers, labels, poison = planted()
+    table = sift.sift(layers, labels, SETTINGS)
+    assert table["index"].tolist() == list(range(450))
+    assert table["label"].tolist() == labels.tolist()
+    assert table[table.trusted].groupby("label").size().tolist() == [7, 7, 7]  # floor(0.05 * 150)
+    assert not table.trusted[poison.numpy()].any()
+    assert not table.in_core[poison.numpy()].any()
+    assert table.in_core[~poison.numpy()].mean() > 0.85
+    assert table.in_core[table.trusted].all()
+    score, spread = sift.consistency(layers, labels, 20, 2048)
+    assert table.score.tolist() == score.tolist()
+    for _, rows in table[table.in_core].groupby("label"):
+        # nobody else in the core has a larger s, or an equal one and closer neighbours
+        order = [(-score[i].item(), spread[i].item()) for i in rows.index]
+        inside = [o for o, trusted in zip(order, rows.trusted, strict=True) if trusted]
+        outside = [o for o, trusted in zip(order, rows.trusted, strict=True) if not trusted]
+        assert max(inside) < min(outside)
+
+
+def test_seeds_follow_the_samples_not_their_order():
+    layers, labels, _ = planted()
+    table = sift.sift(layers, labels, SETTINGS)
+    order = torch.randperm(450, generator=torch.Generator().manual_seed(5))
+    shuffled = sift.sift([layer[order] for layer in layers], labels[order], SETTINGS)
+    assert set(order[torch.from_numpy(shuffled.trusted.to_numpy(copy=True))].tolist()) == set(
+        table.index[table.trusted]
+    )
+
+
+def test_a_core_that_is_too_small_is_filled_up_by_consistency():
+    # In one dimension each: layer 1 keeps samples 0 to 59 together, layer 2 samples 40 to 99.
+    one, two = torch.arange(100.0), torch.arange(100.0)
+    one[60:] += 50.0 * torch.arange(1, 41)
+    two[:40] -= 50.0 * torch.arange(40, 0, -1)
+    labels = torch.zeros(100, dtype=torch.long)
+    settings = sift.Settings(seed_share=0.3, neighbours=6, min_samples=3, radius_percentile=55.0)
+    table = sift.sift([one[:, None], two[:, None]], labels, settings)
+    assert table.index[table.in_core].tolist() == list(range(40, 60))
+    assert table.trusted.sum() == 30 and table.trusted[table.in_core].all()
+    outside = table[~table.in_core]
+    assert outside.score[outside.trusted].min() >= outside.score[~outside.trusted].max()
+
+
+def test_a_class_too_small_for_a_seed_is_named():
+    layers, labels, _ = planted()
+    labels[:10] = 3
+    with pytest.raises(InputError, match=r"sift.seed_share 0.05 .*fewer than 20 images .*\{3: 10\}"):
+        sift.sift(layers, labels, SETTINGS)
+
+
+def test_activations_are_the_features_and_two_hidden_layers_without_dropout():
+    model = Classifier(nn.Identity(), heads.new_head(6, 3, heads.Settings(hidden=(12, 8)), 0)).train()
+    z = normal(5, 6)
+    unit = SimpleNamespace(fc1=model.head.fc1, fc2=model.head.fc2)
+    with torch.no_grad():
+        h1 = unit.fc1(z / z.norm(dim=1, keepdim=True)).clamp(min=0)
+        expected = [z, h1, unit.fc2(h1).clamp(min=0)]
+    for found, wanted in zip(sift.activations(model, z), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+        assert not found.requires_grad
