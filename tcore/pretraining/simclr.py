@@ -32,7 +32,7 @@ class Settings:
     epochs: int = 1000  # passes over the unlabelled images [BadEncoder]
     batch: int = 256  # images a step, two views each [BadEncoder]
     lr: float = 1e-3  # Adam's rate at its peak [BadEncoder]
-    weight_decay: float = 1e-6  # [BadEncoder]
+    weight_decay: float = 1e-6  # Adam's L2 penalty [BadEncoder]
     temperature: float = 0.5  # T of NT-Xent [BadEncoder]
     projection: int = 128  # width of the projection [BadEncoder]
     crop_min: float = 0.08  # smallest crop, as a share of the image's area [BadEncoder]
@@ -54,20 +54,21 @@ def pretrain(images: Tensor, settings: Settings, seed: int, device: torch.device
 
     The images stay on the device as uint8. Mean and std are those of the images.
     """
-    torch.manual_seed(seeds.derive(seed, "simclr", "weights"))
     pixels = floats(images[:10_000])
-    encoder = Encoder(
-        settings.architecture,
-        images.shape[-1],
-        tuple(pixels.mean((0, 2, 3)).tolist()),
-        tuple(pixels.std((0, 2, 3)).tolist()),
-    )
-    projector = nn.Sequential(
-        nn.Linear(encoder.dim, encoder.dim, bias=False),
-        nn.BatchNorm1d(encoder.dim),
-        nn.ReLU(),
-        nn.Linear(encoder.dim, settings.projection),
-    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seeds.derive(seed, "simclr", "weights"))
+        encoder = Encoder(
+            settings.architecture,
+            images.shape[-1],
+            tuple(pixels.mean((0, 2, 3)).tolist()),
+            tuple(pixels.std((0, 2, 3)).tolist()),
+        )
+        projector = nn.Sequential(
+            nn.Linear(encoder.dim, encoder.dim, bias=False),
+            nn.BatchNorm1d(encoder.dim),
+            nn.ReLU(),
+            nn.Linear(encoder.dim, settings.projection),
+        )
     model = nn.Sequential(encoder, projector).to(device, memory_format=torch.channels_last).train()
     images = images.to(device)
     generator = seeds.generator(seed, "simclr", "views", device=device.type)

@@ -12,7 +12,8 @@ Phases come from ASD (Gao et al., CVPR 2023). Not in the paper, hence settings: 
 round, optimiser and rate, whether batch norm uses stored statistics (`frozen_norm`) or those
 of the batch, and a last training on the final pool with the rate decaying to 0. Shares are of
 the rest D \\ P, the literal reading. The batch-norm entries of untrusted channels are reset
-(scale 1, shift 0) and trained along; with stored statistics these are measured anew on P.
+(scale 1, shift 0) and trained along, their statistics measured anew. The copy of phase 3 always
+uses stored statistics: with those of a few small batches d follows the statistics, not the loss.
 """
 
 import copy
@@ -42,12 +43,12 @@ class Settings:
     gamma2: float = 0.05  # share of the rest added per round of phase 2 [paper: its tables; App. A says 0.02]
     gamma3: float = 0.05  # share of the rest added per round of phase 3 [paper: App. A]
     rho: float = 0.9  # share of D at which the pool is full [paper: App. A]
-    epochs: int = 5  # T, passes over the pool per round of phases 1 and 2 [not in the paper]
-    epochs_meta: int = 1  # passes over the pool per round of phase 3 [not in the paper]
-    epochs_final: int = 20  # passes over the final pool, rate decaying to 0 [not in the paper]
-    lr: float = 1e-3  # Adam's rate [not in the paper]
-    batch: int = 128  # [paper: Table 17]
-    frozen_norm: bool = False  # batch norm uses its stored statistics in training [not in the paper]
+    epochs: int = 5  # T, passes over the pool per round of phases 1 and 2 [open]
+    epochs_meta: int = 1  # passes over the pool per round of phase 3 [open]
+    epochs_final: int = 20  # passes over the final pool, rate decaying to 0 [open]
+    lr: float = 1e-3  # Adam's rate [open]
+    batch: int = 128  # images a step [paper: Table 17]
+    frozen_norm: bool = False  # batch norm uses its stored statistics in training [open]
 
 
 def norms_behind(encoder: nn.Module) -> dict[str, nn.BatchNorm2d]:
@@ -111,38 +112,44 @@ def trainable(model: Classifier, untrusted: dict[str, Tensor]) -> list[nn.Parame
 def fit(
     model: Classifier,
     optimizer: torch.optim.Optimizer,
+    rows: Tensor,
     images: Tensor,
     labels: Tensor,
-    rows: Tensor,
     settings: Settings,
     generator: torch.Generator,
-    rate: Callable[[float], float] | None = None,
+    frozen_norm: bool,
     epochs: int = 1,
+    rate: Callable[[float], float] | None = None,
 ) -> None:
     """Cross-entropy on the given rows of D, in place; `rate` maps progress in [0, 1] to a factor of lr."""
     model.train()
-    if settings.frozen_norm:
+    if frozen_norm:
         model.encoder.eval()
-    device, steps = labels.device, 0
-    total = epochs * math.ceil(len(rows) / settings.batch)
+    total, step = epochs * math.ceil(len(rows) / settings.batch), 0
     for _ in range(epochs):
-        for picked in heads.batches(len(rows), settings.batch, generator, device):
+        for picked in heads.batches(len(rows), settings.batch, generator, labels.device):
             if rate:
                 for group in optimizer.param_groups:
-                    group["lr"] = settings.lr * rate(steps / total)
+                    group["lr"] = settings.lr * rate(step / total)
             batch = rows[picked]
-            with autocast(device):
+            with autocast(labels.device):
                 out = model(floats(images[batch]))
             loss = F.cross_entropy(out.float(), labels[batch])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            steps += 1
+            step += 1
 
 
 def losses(model: Classifier, images: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
     """CE of the given rows, eval mode, float32."""
     return F.cross_entropy(logits(model, images[rows]), labels[rows], reduction="none")
+
+
+def best(score: Tensor, labels: Tensor, pool: Tensor, share: float, per_class: bool) -> Tensor:
+    """Rows outside the pool with the smallest score (n,): `share` of these rows, or of each class's."""
+    groups = [~pool & (labels == k) for k in labels[~pool].unique()] if per_class else [~pool]
+    return torch.cat([highest(-score, group, math.ceil(share * int(group.sum()))) for group in groups])
 
 
 def bootstrap(
@@ -165,60 +172,46 @@ def bootstrap(
     encoder = copy.deepcopy(encoder).to(memory_format=torch.channels_last)
     restart(encoder, untrusted, seed)
     measure_norms(encoder, images[subset], untrusted, settings.batch)
-    model = Classifier(encoder, heads.new_head(encoder.dim, classes, head, seed, "bootstrap", "head")).to(
-        device
-    )
+    fresh_head = heads.new_head(encoder.dim, classes, head, seed, "bootstrap", "head")
+    model = Classifier(encoder, fresh_head).to(device)
     optimizer = torch.optim.Adam(trainable(model, untrusted), settings.lr)
-    generator = seeds.generator(seed, "bootstrap", "order")
+    data = (images, labels, settings, seeds.generator(seed, "bootstrap", "order"))
+    gamma = {1: settings.gamma1, 2: settings.gamma2, 3: settings.gamma3}
     pool = subset.clone()
     joined, phases = torch.where(subset, 0, -1), torch.zeros(n, dtype=torch.long, device=device)
-    devices = [device] if device.type == "cuda" else []
-    log: dict = {"pool": []}
+    schedule = [1] * settings.rounds_class + [2] * settings.rounds_all
+    rounds, log = 0, {"pool": [int(pool.sum())]}
 
     with (
-        torch.random.fork_rng(devices=devices),
-        tqdm(total=int(settings.rho * n), desc="bootstrap", unit="sample") as bar,
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        tqdm(total=int(settings.rho * n), initial=log["pool"][0], desc="bootstrap", unit="sample") as bar,
     ):
         torch.manual_seed(seeds.derive(seed, "bootstrap", "dropout"))
-        bar.update(int(pool.sum()))
-        number = 0
-        while True:
-            number += 1
-            phase = (
-                1 + (number > settings.rounds_class) + (number > settings.rounds_class + settings.rounds_all)
-            )
-            size = int(pool.sum())
-            if phase == 3 and size >= settings.rho * n:
-                break
+        while schedule or int(pool.sum()) < settings.rho * n:
+            phase = schedule.pop(0) if schedule else 3
+            rounds += 1
             epochs = settings.epochs_meta if phase == 3 else settings.epochs
-            fit(
-                model, optimizer, images, labels, pool.nonzero().flatten(), settings, generator, epochs=epochs
-            )
+            fit(model, optimizer, pool.nonzero().flatten(), *data, settings.frozen_norm, epochs)
             rest = (~pool).nonzero().flatten()
-            score = losses(model, images, labels, rest)
+            score = torch.zeros(n, device=device)
+            score[rest] = losses(model, images, labels, rest)
             if phase == 3:
                 fast = copy.deepcopy(model)
-                fresh = torch.optim.Adam(trainable(fast, untrusted), settings.lr)
-                fit(fast, fresh, images, labels, rest, settings, generator)
-                score = score - losses(fast, images, labels, rest)
-            share = (settings.gamma1, settings.gamma2, settings.gamma3)[phase - 1]
-            everywhere = torch.full((n,), -torch.inf, device=device)
-            everywhere[rest] = -score
-            if phase == 1:
-                picked = []
-                for k in range(classes):
-                    candidates = ~pool & (labels == k)
-                    if count := int(candidates.sum()):
-                        picked.append(highest(everywhere, candidates, math.ceil(share * count)))
-                add = torch.cat(picked)
-            else:
-                add = highest(everywhere, ~pool, math.ceil(share * len(rest)))
-            pool[add], joined[add], phases[add] = True, number, phase
+                fit(fast, torch.optim.Adam(trainable(fast, untrusted), settings.lr), rest, *data, True)
+                score[rest] -= losses(fast, images, labels, rest)
+            add = best(score, labels, pool, gamma[phase], per_class=phase == 1)
+            pool[add], joined[add], phases[add] = True, rounds, phase
             log["pool"].append(int(pool.sum()))
             bar.update(len(add))
-        rows = pool.nonzero().flatten()
-        decay = lambda progress: 0.5 * (1 + math.cos(math.pi * progress))  # noqa: E731
-        fit(model, optimizer, images, labels, rows, settings, generator, decay, settings.epochs_final)
+        fit(
+            model,
+            optimizer,
+            pool.nonzero().flatten(),
+            *data,
+            settings.frozen_norm,
+            settings.epochs_final,
+            lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+        )
     model.eval()
     table = pd.DataFrame({"index": range(n), "round": joined.cpu().numpy(), "phase": phases.cpu().numpy()})
     return model, table, log

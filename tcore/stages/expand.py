@@ -10,7 +10,7 @@ so it forgets the clean mapping and keeps the poisons': samples with a large los
 own label are clean. Each round adds the `round_share` of D \\ Dsub with the largest loss,
 until Dsub holds `subset_share` of D. The encoder is frozen; all runs on cached features.
 
-Not in the paper, hence settings: lambda, steps, optimiser, how Y* is drawn, and whether the
+Not in the paper, hence settings marked [open]: lambda, steps, optimiser, how Y* is drawn, and whether the
 loss is ranked over all classes (the paper's algorithm, literally) or within each class.
 """
 
@@ -22,7 +22,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tcore import seeds
+from tcore.files import InputError
 from tcore.models import head as heads
+
+WRONG_LABELS = ("shifted", "random")
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,12 @@ class Settings:
     subset_share: float = 0.1  # q, size of the clean subset as a share of D [paper: 4.1.2; 5.2 says 0.2]
     round_share: float = 0.05  # r_expand, share of the rest added per round [paper: App. A]
     per_class: bool = True  # rank losses within each class [paper: over all classes]
-    trust: float = 0.05  # lambda of eq. 3, weight of the untrusted data [not in the paper]
-    wrong_label: str = "shifted"  # shifted: the prediction plus a rotating offset; random: any other class [not in the paper]
-    epochs: int = 20  # head training before each confusion [not in the paper]
-    steps: int = 500  # confusion steps [not in the paper]
-    lr: float = 1e-2  # SGD's rate in confusion, momentum 0.9 [not in the paper]
-    batch: int = 128  # images of either kind per confusion step [not in the paper]
+    trust: float = 0.05  # lambda of eq. 3, weight of the untrusted data [open]
+    wrong_label: str = "shifted"  # shifted: prediction plus a rotating offset; random: any other class [open]
+    epochs: int = 20  # head training before each confusion [open]
+    steps: int = 500  # confusion steps [open]
+    lr: float = 1e-2  # SGD's rate in confusion, momentum 0.9 [open]
+    batch: int = 128  # images of either kind per confusion step [open]
 
 
 def confuse(
@@ -100,6 +103,8 @@ def expand(
     seed: int,
 ) -> Tensor:
     """Round (n,) int64 in which each sample joined the clean subset: 0 a seed, -1 never."""
+    if settings.wrong_label not in WRONG_LABELS:
+        raise InputError(f"expand.wrong_label = {settings.wrong_label!r} should be one of {WRONG_LABELS}")
     n, target = len(labels), int(settings.subset_share * len(labels))
     rounds = torch.where(trusted, 0, -1)
     with tqdm(total=target, initial=int(trusted.sum()), desc="expand", unit="sample") as bar:

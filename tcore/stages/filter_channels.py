@@ -33,13 +33,13 @@ from tcore.models.head import batches
 @dataclass(frozen=True)
 class Settings:
     untrusted_share: float = 0.1  # channels called untrusted, per layer [paper: App. A]
-    stop_accuracy: float = 0.2  # unlearning ends below this training accuracy [paper: App. A]
-    unlearn_lr: float = 0.01  # SGD's rate, momentum 0.9, gradient norm clipped at 20 [RNP; not in the paper]
-    unlearn_epochs: int = 20  # unlearning ends here at the latest [RNP; not in the paper]
-    window: int = 10  # batches over which unlearning watches its accuracy [not in the paper]
+    stop_accuracy: float = 0.2  # unlearning ends below this accuracy; keep above 1/classes [paper: App. A]
+    unlearn_lr: float = 0.01  # SGD's rate, momentum 0.9, gradient norm clipped at 20 [open; RNP]
+    unlearn_epochs: int = 20  # unlearning ends here at the latest [open; RNP]
+    window: int = 10  # batches over which unlearning watches its accuracy [open]
     epochs: int = 120  # recovery passes over the clean subset [paper: App. A]
     lr: float = 0.01  # Adam's rate in recovery [paper: App. A]
-    batch: int = 128  # [paper: Table 17]
+    batch: int = 128  # images a step [paper: Table 17]
 
 
 def convolutions(encoder: nn.Module) -> dict[str, nn.Conv2d]:

@@ -29,10 +29,8 @@ from tcore.models.classifier import Classifier
 class Settings:
     seed_share: float = 0.01  # alpha, share of each class that becomes seeds [paper: App. A]
     neighbours: int = 50  # m, nearest neighbours per layer [paper: App. A]
-    min_samples: int = 5  # DBSCAN's core-point count, the point itself included [not in the paper]
-    radius_percentile: float = (
-        90.0  # DBSCAN's radius, as a percentile of in-class neighbour distances [not in the paper]
-    )
+    min_samples: int = 5  # DBSCAN's core-point count, the point itself included [open]
+    radius_percentile: float = 90.0  # DBSCAN's radius among in-class neighbour distances [open]
     block: int = 2048  # rows per block of the neighbour search (memory: block x n floats)
 
 
@@ -82,7 +80,8 @@ def largest_cluster(points: np.ndarray, min_samples: int, percentile: float) -> 
     The radius is raised from `percentile` to 95 and 99 of the neighbour distances until
     half of the points are in; failing that, all points are.
     """
-    distance = torch.cdist(torch.from_numpy(points), torch.from_numpy(points)).numpy()
+    tensor = torch.from_numpy(points)
+    distance = torch.cdist(tensor, tensor, compute_mode="donot_use_mm_for_euclid_dist").numpy()
     kth = np.partition(distance, min_samples - 1, axis=1)[:, min_samples - 1]
     for level in sorted({percentile, 95.0, 99.0} - {p for p in (95.0, 99.0) if p < percentile}):
         radius = max(np.percentile(kth, level), 1e-12)
