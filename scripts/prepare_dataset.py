@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from contextlib import nullcontext
 from pathlib import Path
 
 from tcore import registry
@@ -23,8 +22,7 @@ def main() -> None:
     )
     parser.add_argument("--train", required=True)
     parser.add_argument("--test", required=True)
-    parser.add_argument("--unlabeled", help="for sources that have this split")
-    parser.add_argument("--record", help="JSON file for the record of this step")
+    parser.add_argument("--record", required=True, help="out: the record of this step")
     args = parser.parse_args()
 
     source = registry.load("data/sources", args.source)
@@ -34,22 +32,9 @@ def main() -> None:
         if archive.name not in archives:
             raise InputError(f"--archives lacks {archive.name}; download it from {archive.url}")
         verify(archives[archive.name], archive.checksum)
-    outputs = {"train": args.train, "test": args.test}
-    if args.unlabeled:
-        outputs["unlabeled"] = args.unlabeled
-
-    step = (
-        record(args.record, "prepare_dataset", settings, settings.get("seed", 0))
-        if args.record
-        else nullcontext({})
-    )
-    with step as log:
+    with record(args.record, "prepare_dataset", settings, settings.get("seed", 0)) as log:
         splits = source.load(source.Settings(**settings) if settings else None, archives)
-        if missing := outputs.keys() - splits.keys():
-            raise InputError(
-                f"--{missing.pop()}: source {args.source!r} has only the splits {', '.join(splits)}"
-            )
-        for name, path in outputs.items():
+        for name, path in {"train": args.train, "test": args.test}.items():
             write_images(path, splits[name])
             log[name] = {"images": len(splits[name]), "origin": splits[name].origin}
 

@@ -112,12 +112,14 @@ def test_stl10(tmp_path):
     splits = stl10.load(stl10.Settings(image_size=96), archives)
     assert np.array_equal(splits["train"].pixels, pixels[1:3])
     assert np.array_equal(splits["test"].pixels, pixels[:1])
-    assert np.array_equal(splits["unlabeled"].pixels, pixels[3:])
     assert splits["train"].labels.tolist() == [0, 1]
     assert splits["test"].labels.tolist() == [9]
-    assert splits["unlabeled"].labels.tolist() == [-1] * 3
 
-    small = stl10.load(stl10.Settings(), archives)["unlabeled"].pixels
+    unlabeled = stl10.load(stl10.Settings(image_size=96, unlabeled=True), archives)["train"]
+    assert np.array_equal(unlabeled.pixels, pixels[3:])
+    assert unlabeled.labels.tolist() == [-1] * 3
+
+    small = stl10.load(stl10.Settings(unlabeled=True), archives)["train"].pixels
     assert small.shape == (3, 32, 32, 3)
     # Away from the border the antialiased kernel weighs the pixels -2..+2 around a centre by 1, 2, 3, 2, 1.
     weights = np.outer([1, 2, 3, 2, 1], [1, 2, 3, 2, 1])[:, :, None] / 81
@@ -511,6 +513,7 @@ def test_commands_fetch_and_prepare_a_data_set(tmp_path, command, rows, monkeypa
     local = tmp_path / cifar10.NAME
     command("download_archive", "--url", archive.as_uri(), "--checksum", checksum, "--output", local)
     outputs = ("--train", tmp_path / "train.parquet", "--test", tmp_path / "test.parquet")
+    outputs += ("--record", tmp_path / "run.json")
 
     with pytest.raises(SystemExit, match=r"^error: .*md5 is .*, expected c32a1d4ab"):
         command("prepare_dataset", "--source", "cifar10", "--archives", local, *outputs)
@@ -519,12 +522,6 @@ def test_commands_fetch_and_prepare_a_data_set(tmp_path, command, rows, monkeypa
     assert not (tmp_path / "train.parquet").exists()
 
     monkeypatch.setattr(cifar10, "ARCHIVES", (cifar10.Archive(cifar10.NAME, archive.as_uri(), checksum),))
-    with pytest.raises(SystemExit, match=r"^error: --unlabeled: .* only the splits train, test"):
-        command(
-            *("prepare_dataset", "--source", "cifar10", "--archives", local),
-            *(*outputs, "--unlabeled", tmp_path / "unlabeled.parquet"),
-        )
-    assert not (tmp_path / "train.parquet").exists()
     command("prepare_dataset", "--source", "cifar10", "--archives", local, *outputs)
     assert np.array_equal(read_images(tmp_path / "test.parquet").pixels, noise(12, 32, 32, 3)[:2])
 
@@ -543,5 +540,5 @@ def test_prepare_dataset_applies_and_records_settings(tmp_path, command, rows):
     with pytest.raises(SystemExit, match=r"^error: .*max_trian is not a setting: did you mean 'max_train'"):
         command(
             *("prepare_dataset", "--source", "parquet", "--settings", '{"max_trian": 5}'),
-            *("--train", tmp_path / "x", "--test", tmp_path / "y"),
+            *("--train", tmp_path / "x", "--test", tmp_path / "y", "--record", tmp_path / "z"),
         )

@@ -1,8 +1,9 @@
 """STL-10 (Coates, Lee, Ng 2011): 5,000 training, 8,000 test and 100,000 unlabelled images, 96x96.
 
 Read from the binary version: three colour planes an image, each stored column by column,
-labels 1 to 10. Images are resized with Pillow (bilinear, antialiased) to `image_size`.
-The checksum is torchvision's. Reading takes about 3 GB of memory, twice that at 96 pixels.
+labels 1 to 10. With `unlabeled: true` the training split is the 100,000 unlabelled images, for
+pre-training. Images are resized with Pillow (bilinear, antialiased) to `image_size`.
+The checksum is torchvision's. Reading the unlabelled part takes some 3 GB of memory, twice that at 96 pixels.
 """
 
 from dataclasses import dataclass
@@ -21,20 +22,22 @@ ARCHIVES = (
     Archive(NAME, f"http://ai.stanford.edu/~acoates/stl10/{NAME}", "md5:91f7769df0f17e558f3565bffb0c7dfb"),
 )
 CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
-SPLITS = ("train", "test", "unlabeled")
 SIDE = 96
 
 
 @dataclass(frozen=True)
 class Settings:
     image_size: int = 32  # height and width in pixels; 96 keeps the images as they are
+    unlabeled: bool = False  # true: train on the unlabelled part, labels -1
 
 
 def load(settings: Settings, archives: dict[str, Path]) -> dict[str, ImageSet]:
-    """The splits 'train', 'test' and 'unlabeled' (labels -1)."""
+    """The splits 'train' and 'test'."""
     path, size = archives[NAME], at_least(1, settings.image_size, "stl10: image_size")
-    labelled = [f"stl10_binary/{name}_y.bin" for name in ("train", "test")]
-    content = read_tar(path, (*labelled, *(f"stl10_binary/{name}_X.bin" for name in SPLITS)))
+    parts = {"train": "unlabeled" if settings.unlabeled else "train", "test": "test"}
+    files = [f"stl10_binary/{part}_X.bin" for part in parts.values()]
+    files += [f"stl10_binary/{part}_y.bin" for part in parts.values() if part != "unlabeled"]
+    content = read_tar(path, tuple(files))
 
     def split(name: str) -> ImageSet:
         planes = np.frombuffer(content.pop(f"stl10_binary/{name}_X.bin"), np.uint8)
@@ -56,4 +59,4 @@ def load(settings: Settings, archives: dict[str, Path]) -> dict[str, ImageSet]:
             origin=f"STL-10, {name}",
         )
 
-    return {name: split(name) for name in SPLITS}
+    return {name: split(part) for name, part in parts.items()}
