@@ -9,7 +9,7 @@ REPORT := data/results/report.html
 
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: help setup demo test
+.PHONY: help setup demo benchmark test
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/'
@@ -18,6 +18,10 @@ setup: $(INSTALLED) ## create .venv and install everything into it, if not done 
 
 demo: setup ## run the experiment of config/config.yaml and write the report
 	$(BIN)/snakemake --cores all --resources gpu=$(SLOTS) --quiet reason host
+	@echo "The report is $(REPORT)"
+
+benchmark: setup ## run the demo with three seeds (half an hour on two cores)
+	$(BIN)/snakemake --cores all --resources gpu=$(SLOTS) --quiet reason host --configfile config/seeds.yaml
 	@echo "The report is $(REPORT)"
 
 test: setup ## check style, workflow and code
