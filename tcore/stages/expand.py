@@ -33,7 +33,7 @@ class Settings:
     subset_share: float = 0.1  # q, size of the clean subset as a share of D [paper: 4.1.2; 5.2 says 0.2]
     round_share: float = 0.05  # r_expand, share of the rest added per round [paper: App. A]
     per_class: bool = True  # rank losses within each class [paper: over all classes]
-    trust: float = 0.05  # lambda of eq. 3, weight of the untrusted data [open]
+    trust: float = 0.3  # lambda of eq. 3, weight of the untrusted data [open]
     wrong_label: str = "shifted"  # shifted: prediction plus a rotating offset; random: any other class [open]
     epochs: int = 20  # head training before each confusion [open]
     steps: int = 500  # confusion steps [open]

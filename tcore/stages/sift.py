@@ -30,7 +30,7 @@ class Settings:
     seed_share: float = 0.01  # alpha, share of each class that becomes seeds [paper: App. A]
     neighbours: int = 50  # m, nearest neighbours per layer [paper: App. A]
     min_samples: int = 5  # DBSCAN's core-point count, the point itself included [open]
-    radius_percentile: float = 90.0  # DBSCAN's radius among in-class neighbour distances [open]
+    radius_percentile: float = 60.0  # DBSCAN's radius among in-class neighbour distances [open]
     block: int = 2048  # rows per block of the neighbour search (memory: block x n floats)
 
 
