@@ -13,7 +13,7 @@ from tcore.models import head as heads
 from tcore.models.classifier import Classifier
 from tcore.stages import sift
 
-SETTINGS = sift.Settings(seed_share=0.05, neighbours=20)
+SETTINGS = sift.Settings(seed_share=0.05, neighbours=20, radius_percentile=90.0)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
