@@ -52,7 +52,7 @@ def main() -> None:
             args.seed,
         )
         save_classifier(args.model_out, model.cpu(), images.class_names)
-        save_table(args.pool, pool)
+        save_table(args.pool, pool.assign(index=images.index))
         log |= found
 
 

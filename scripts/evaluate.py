@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from tcore import results, triggers
+from tcore import results
 from tcore.cli import run
 from tcore.files import InputError, load_table, load_tensors, save_table
 from tcore.run import record
@@ -33,8 +33,8 @@ def main() -> None:
             load_table(args.predictions), ["label", "view", "prediction"], args.predictions
         )
         metas = {
-            "encoder": triggers.load(args.encoder_trigger)[1],
-            "dataset": triggers.load(args.dataset_trigger)[1],
+            "encoder": load_tensors(args.encoder_trigger)[1],
+            "dataset": load_tensors(args.dataset_trigger)[1],
         }
         rows = results.test_rows(predictions, metas, args.identity.get("dataset_attack"))
         if given:

@@ -26,10 +26,11 @@ def main() -> None:
     device = devices.pick()
     settings = sift.Settings(**args.settings["sift"])
     with record(args.record, "sift", args.settings, args.seed, device):
-        labels = read_images(args.images).targets.to(device)
+        images = read_images(args.images)
+        labels = images.targets.to(device)
         features = load_tensors(args.features)[0]["features"].to(device)
         layers = sift.activations(load_classifier(args.model).to(device), features)
-        save_table(args.seeds, sift.sift(layers, labels, settings))
+        save_table(args.seeds, sift.sift(layers, labels, settings).assign(index=images.index))
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tcore.data.images import write_images
+from tcore.data.images import read_images, write_images
 from tcore.data.sources import signs
 from tcore.files import load_table, load_tensors
 from tcore.models.classifier import load_classifier
@@ -57,7 +58,9 @@ def run(*given, **replaced) -> None:
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("chain")
-    write_images(folder / "images", signs.load(signs.Settings(train=80, test=10, image_size=16), {})["train"])
+    images = signs.load(signs.Settings(train=160, test=10, image_size=16), {})["train"]
+    rows = np.sort(images.labels.argsort(kind="stable").reshape(10, 16)[:, 8:].ravel())
+    write_images(folder / "images", images.select(rows))
     for step in STEPS:
         run(step, folder, folder)
     return folder
@@ -70,6 +73,8 @@ def test_the_steps_fit_together(chain):
         record = json.loads((chain / f"{step}.run.json").read_text())
         assert (record["step"], record["seed"], record["settings"]) == (step, 0, settings or {})
     seeds, subset, pool = (load_table(chain / name) for name in ("seeds", "subset", "pool"))
+    for table in (seeds, subset, pool):
+        assert table["index"].tolist() == read_images(chain / "images").index.tolist()  # not the row numbers
     assert seeds.trusted.sum() == 10  # one of eight in each of ten classes
     assert (subset["round"] == 0).tolist() == seeds.trusted.tolist()
     assert (pool["round"] == 0).tolist() == (subset["round"] >= 0).tolist()
