@@ -8,7 +8,7 @@ partner j(i) among 2B views, NT-Xent is
 
 of the projections of the encoder's features. The projection head is dropped afterwards.
 Defaults are those of BadEncoder's encoders (Jia et al., S&P 2022), which the paper uses.
-Deviations: cosine learning-rate schedule with an optional warm-up of one epoch's length
+Deviations: cosine learning-rate schedule after a linear warm-up over the first epoch
 (BadEncoder: constant); hue and crop as described in `augment.py`.
 """
 

@@ -13,7 +13,7 @@ round, optimiser and rate, whether batch norm uses stored statistics (`frozen_no
 of the batch, and a last training on the final pool with the rate decaying to 0. Shares are of
 the rest D \\ P, the literal reading. The batch-norm entries of untrusted channels are reset
 (scale 1, shift 0) and trained along, their statistics measured anew. The copy of phase 3 always
-uses stored statistics: with those of a few small batches d follows the statistics, not the loss.
+uses stored statistics: on a small planted set, those of a few small batches let poisons rank first.
 """
 
 import copy
