@@ -13,13 +13,14 @@ round, optimiser and rate, whether batch norm uses stored statistics (`frozen_no
 of the batch, and a last training on the final pool with the rate decaying to 0. Shares are of
 the rest D \\ P, the literal reading. The batch-norm entries of untrusted channels are reset
 (scale 1, shift 0) and trained along, their statistics measured anew. The copy of phase 3 always
-uses stored statistics: on a small planted set, those of a few small batches let poisons rank first.
+uses stored statistics, and smaller batches: the rest shrinks to a few hundred samples of a small set, and
+an epoch of a handful of steps unsettles the copy more than it teaches it, which lets poisons rank first.
 """
 
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 import torch
@@ -40,7 +41,7 @@ class Settings:
     rounds_class: int = 10  # Iter1, rounds of phase 1 [paper: App. A]
     rounds_all: int = 10  # Iter2, rounds of phase 2 [paper: App. A]
     gamma1: float = 0.02  # share of each class's rest added per round of phase 1 [paper: App. A]
-    gamma2: float = 0.05  # share of the rest added per round of phase 2 [paper: its tables; App. A says 0.02]
+    gamma2: float = 0.02  # share of the rest added per round of phase 2 [paper: App. A; its main tables 0.05]
     gamma3: float = 0.05  # share of the rest added per round of phase 3 [paper: App. A]
     rho: float = 0.9  # share of D at which the pool is full [paper: App. A]
     epochs: int = 5  # T, passes over the pool per round of phases 1 and 2 [open]
@@ -48,6 +49,7 @@ class Settings:
     epochs_final: int = 20  # passes over the final pool, rate decaying to 0 [open]
     lr: float = 1e-3  # Adam's rate [open]
     batch: int = 128  # images a step [paper: Table 17]
+    batch_copy: int = 32  # images a step of phase 3's copy [open]
     frozen_norm: bool = False  # batch norm uses its stored statistics in training [open]
 
 
@@ -175,7 +177,9 @@ def bootstrap(
     fresh_head = heads.new_head(encoder.dim, classes, head, seed, "bootstrap", "head")
     model = Classifier(encoder, fresh_head).to(device)
     optimizer = torch.optim.Adam(trainable(model, untrusted), settings.lr)
-    data = (images, labels, settings, seeds.generator(seed, "bootstrap", "order"))
+    order = seeds.generator(seed, "bootstrap", "order")
+    data = (images, labels, settings, order)
+    for_copy = (images, labels, replace(settings, batch=settings.batch_copy), order)
     gamma = {1: settings.gamma1, 2: settings.gamma2, 3: settings.gamma3}
     pool = subset.clone()
     joined, phases = torch.where(subset, 0, -1), torch.zeros(n, dtype=torch.long, device=device)
@@ -197,7 +201,7 @@ def bootstrap(
             score[rest] = losses(model, images, labels, rest)
             if phase == 3:
                 fast = copy.deepcopy(model)
-                fit(fast, torch.optim.Adam(trainable(fast, untrusted), settings.lr), rest, *data, True)
+                fit(fast, torch.optim.Adam(trainable(fast, untrusted), settings.lr), rest, *for_copy, True)
                 score[rest] -= losses(fast, images, labels, rest)
             add = best(score, labels, pool, gamma[phase], per_class=phase == 1)
             pool[add], joined[add], phases[add] = True, rounds, phase
