@@ -56,6 +56,11 @@ def paste(images: Tensor, mark: Tensor, mask: Tensor, opacity: Tensor) -> Tensor
     return ((mixed + 500) // 1000).to(torch.uint8)
 
 
+def in_blocks(stamp: Callable[[Tensor, Trigger], Tensor], trigger: Trigger) -> Stamp:
+    """An attack's `stamp` with its trigger, for any number of images."""
+    return lambda images: torch.cat([stamp(part, trigger) for part in images.split(rows_at_once(images))])
+
+
 def save(
     path: str | Path,
     trigger: Trigger,
@@ -70,10 +75,7 @@ def save(
 
 
 def load(path: str | Path) -> tuple[Stamp | None, dict]:
-    """The (stamp, meta) of a trigger file; `stamp(images)` is ready to use, None for a clean one.
-
-    It works in blocks, so images may be many.
-    """
+    """The (stamp, meta) of a trigger file; `stamp(images)` is ready to use, None for a clean one."""
     trigger, meta = load_tensors(path)
     if not {"family", "attack", "target"} <= meta.keys():
         raise InputError(
@@ -81,9 +83,4 @@ def load(path: str | Path) -> tuple[Stamp | None, dict]:
         )
     if not trigger:
         return None, meta
-    attack = registry.load(meta["family"], meta["attack"])
-
-    def stamp(images: Tensor) -> Tensor:
-        return torch.cat([attack.stamp(part, trigger) for part in images.split(rows_at_once(images))])
-
-    return stamp, meta
+    return in_blocks(registry.load(meta["family"], meta["attack"]).stamp, trigger), meta

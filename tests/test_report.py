@@ -54,7 +54,8 @@ class World:
         self.data, self.images, self.widths = data, images, widths
         self.random = np.random.default_rng(seed)
         self.metrics: list[Path] = []
-        write_images(data / "datasets/signs/test.parquet", images)
+        for split in ("train", "test"):
+            write_images(data / f"datasets/signs/{split}.parquet", images)
 
     def log(self, folder: Path, step: str, seconds: float, **settings) -> None:
         save_json(

@@ -61,20 +61,22 @@ def make_trigger(height: int, width: int, settings: Settings, seed: int) -> Trig
 def warp(images: Tensor, places: Tensor) -> Tensor:
     """`images` (N, 3, H, W) sampled bilinearly at `places` (N or 1, 2, H, W), rounded half up."""
     n, channels, height, width = images.shape
-    rows, columns = places.to(images.device, torch.int64).unbind(1)  # (N or 1, H, W)
+    rows, columns = places.to(images.device, torch.int64).flatten(2)[:, :, None].unbind(1)  # (N or 1, 1, H W)
     low, left = rows // UNIT, columns // UNIT
     high, right = (low + 1).clamp(max=height - 1), (left + 1).clamp(max=width - 1)
-    down, across = (rows % UNIT)[:, None], (columns % UNIT)[:, None]
+    down, across = rows % UNIT, columns % UNIT
+    both = down * across >> 10
+    corners = (  # weights add up to 2^22, so that a sum of pixels fits int32
+        (low, left, 2**22 - (down + across << 6) + both),
+        (low, right, (across << 6) - both),
+        (high, left, (down << 6) - both),
+        (high, right, both),
+    )
     flat = images.flatten(2)
-
-    def at(row: Tensor, column: Tensor) -> Tensor:
-        place = (row * width + column).view(len(places), 1, -1).expand(n, channels, -1)
-        return flat.gather(2, place).view_as(images).long()
-
-    top = at(low, left) * (UNIT - across) + at(low, right) * across
-    bottom = at(high, left) * (UNIT - across) + at(high, right) * across
-    mixed = top * (UNIT - down) + bottom * down
-    return ((mixed + UNIT**2 // 2) // UNIT**2).to(torch.uint8)
+    mixed = torch.full(flat.shape, 2**21, dtype=torch.int32, device=images.device)
+    for row, column, weight in corners:
+        mixed += flat.gather(2, (row * width + column).expand(n, channels, -1)) * weight.int()
+    return (mixed >> 22).to(torch.uint8).view_as(images)
 
 
 def stamp(images: Tensor, trigger: Trigger) -> Tensor:
@@ -102,9 +104,8 @@ def poison(
     covers = choose_covers(images, poisons, settings.cover, seed, OWNER)
 
     def change(pixels: Tensor, rows: np.ndarray) -> Tensor:
-        covered = torch.from_numpy(np.isin(rows, covers))
-        changed = stamp(pixels, trigger)
-        places = jitter(trigger["places"], images.index[rows[covered.numpy()]], seed)
+        changed, covered = stamp(pixels, trigger), np.isin(rows, covers)
+        places = jitter(trigger["places"], images.index[rows[covered]], seed)
         changed[covered] = warp(pixels[covered], places)
         return changed
 
