@@ -70,7 +70,7 @@ def _datasets(datasets: dict) -> dict:
         overrides = entry.get("settings") or {}
         resolved[name] = entry | {
             "settings": _resolve(entry["source"], overrides, f"{where}.settings"),
-            "attacks": _attacks(entry.get("attacks") or {}, f"{where}.attacks"),
+            "attacks": _attacks(entry.get("attacks", {}), f"{where}.attacks"),
         }
     return resolved
 
