@@ -44,14 +44,14 @@ def changed(path: str, value) -> dict:
     return config
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "smoke.yaml", "paper-targets.yaml"])
+@pytest.mark.parametrize("name", ["config.yaml", "smoke.yaml", "paper-targets.yaml", "dataset-attacks.yaml"])
 def test_the_configurations_at_hand_are_valid(name):
     config = yaml.safe_load((ROOT / "config/config.yaml").read_text())
     overlay = yaml.safe_load((ROOT / "config" / name).read_text())
     for key in overlay.keys() - {"datasets"}:
         config[key] = overlay[key]
-    if name == "paper-targets.yaml":
-        config["datasets"] |= overlay["datasets"]
+    for data, entry in overlay["datasets"].items():
+        config["datasets"][data] = config["datasets"].get(data, {}) | entry
     validate(config)
 
 
