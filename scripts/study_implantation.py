@@ -33,21 +33,23 @@ from tcore.triggers import in_blocks
 ATTACKS = ("badnets", "blended", "sig", "wanet", "tact", "adap_blend", "adap_patch")
 
 
-def train(images: ImageSet, architecture: str, epochs: int, lr: float, seed: int, device) -> Classifier:
+def train(
+    images: ImageSet, architecture: str, epochs: int, batch: int, lr: float, seed: int, device
+) -> Classifier:
     """An encoder with a linear head, both trained from scratch; flips are the only augmentation."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeds.derive(seed, "implantation", "weights"))
         encoder = Encoder(architecture, images.pixels.shape[1])
         model = Classifier(encoder, nn.Linear(encoder.dim, images.num_classes))
     model.to(device, memory_format=torch.channels_last).train()
-    steps = epochs * (len(images) // 64 + 1)
+    steps = epochs * (len(images) // batch + 1)
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.2)
     order = seeds.generator(seed, "implantation", "order")
     flips = seeds.generator(seed, "implantation", "flips", device=device.type)
     pixels, labels = images.tensor.to(device), images.targets.to(device)
     for _ in trange(epochs, desc="training", unit="epoch", leave=False):
-        for rows in batches(len(images), 64, order, device):
+        for rows in batches(len(images), batch, order, device):
             with autocast(device):
                 loss = F.cross_entropy(model(flip(floats(pixels[rows]), flips)).float(), labels[rows])
             optimizer.zero_grad(set_to_none=True)
@@ -84,6 +86,7 @@ def main() -> None:
     parser.add_argument("--max-test", type=int, default=2_000)
     parser.add_argument("--architecture", default="resnet_narrow")
     parser.add_argument("--epochs", type=int, default=20, help="of training end to end")
+    parser.add_argument("--batch", type=int, default=64, help="of training end to end")
     parser.add_argument("--lr", type=float, default=0.05, help="of training end to end, at its peak")
     parser.add_argument("--head", type=json.loads, default={}, help="JSON object of the head's settings")
     parser.add_argument("--seed", type=int, default=0)
@@ -103,7 +106,7 @@ def main() -> None:
         models = {}
         if not args.no_end_to_end:
             models["end to end"] = train(
-                poisoned.images, args.architecture, args.epochs, args.lr, args.seed, device
+                poisoned.images, args.architecture, args.epochs, args.batch, args.lr, args.seed, device
             )
         if args.encoder:
             encoder = load_encoder(args.encoder).to(device)

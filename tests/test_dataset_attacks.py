@@ -699,6 +699,12 @@ def test_command(images, tmp_path, monkeypatch):
     assert load_table(tmp_path / "truth").equals(expected.truth)
     assert triggers.load(tmp_path / "trigger")[1]["attack"] == "badnets"
 
+    settings = '{"sources": [3], "cover_classes": [0]}'
+    monkeypatch.setattr("sys.argv", [*command, "--attack=tact", "--target=1", "--settings", settings])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert triggers.load(tmp_path / "trigger")[1]["goals"] == [-1, -1, -1, 1]
+    assert load_table(tmp_path / "truth")["is_cover"].sum() == 6
+
     monkeypatch.setattr("sys.argv", [*command, "--target=9"])
     with pytest.raises(SystemExit, match="target = 9"):
         runpy.run_path(str(SCRIPT), run_name="__main__")
