@@ -46,10 +46,12 @@ def settings(*methods):
 
 
 def settings_of(attack):
-    """The settings of the one method that the wildcard `attack` names."""
+    """The settings of the one method that the wildcard `attack` names, for the downstream set at hand."""
 
     def found(wildcards):
-        return canonical(experiment["methods"].get(wildcards[attack], {}))
+        name = wildcards[attack]
+        own = experiment["datasets"][wildcards.downstream]["attacks"].get(name, {})
+        return canonical(experiment["methods"].get(name, {}) | own)
 
     return found
 
@@ -169,7 +171,8 @@ def records(wildcards):
 def shown(wildcards):
     """What the report shows beside the results: triggers on test images, and T-Core's choices."""
     found = {*expand(rules.poison_encoder.output.trigger, zip, **CELLS)}
-    found.update(expand(rules.prepare_dataset.output.test, dataset=set(CELLS["downstream"])))
+    for split in (rules.prepare_dataset.output.train, rules.prepare_dataset.output.test):
+        found.update(expand(split, dataset=set(CELLS["downstream"])))
     for file in ("train.parquet", "truth.parquet", "trigger.safetensors"):
         found.update(map(received(file), CELLS.to_dict("records")))
     for choice in (

@@ -16,7 +16,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", required=True, help="clean labelled images (Parquet)")
     parser.add_argument("--attack", required=True, help="file name in tcore/dataset_attacks")
-    parser.add_argument("--target", type=int, help="target class; not needed for clean and adaptive")
+    parser.add_argument("--target", type=int, help="target class; clean and adaptive need none")
     parser.add_argument(
         "--settings", type=json.loads, default={}, help="JSON object of the attack's settings"
     )
@@ -39,7 +39,7 @@ def main() -> None:
         result = attack.poison(read_images(args.images), args.target, settings, args.seed, encoder_trigger)
         write_images(args.train, result.images)
         save_table(args.truth, result.truth)
-        triggers.save(args.trigger, result.trigger, *result.trigger_of, result.target)
+        triggers.save(args.trigger, result.trigger, *result.trigger_of, result.target, result.goals)
         log["target"] = result.target
         log["poisons"], log["covers"] = (int(result.truth[flag].sum()) for flag in ("is_poison", "is_cover"))
 

@@ -63,11 +63,24 @@ def _datasets(datasets: dict) -> dict:
             raise InputError(
                 f"config: {where}: a name consists of a-z, 0-9 and _, because it becomes a folder"
             )
-        _mapping(where, entry, ("source",), optional=("settings", "encoder_target", "dataset_target"))
+        _mapping(
+            where, entry, ("source",), optional=("settings", "encoder_target", "dataset_target", "attacks")
+        )
         _known(f"{where}.source", entry["source"], registry.names("data/sources"))
         overrides = entry.get("settings") or {}
-        resolved[name] = entry | {"settings": _resolve(entry["source"], overrides, f"{where}.settings")}
+        resolved[name] = entry | {
+            "settings": _resolve(entry["source"], overrides, f"{where}.settings"),
+            "attacks": _attacks(entry.get("attacks", {}), f"{where}.attacks"),
+        }
     return resolved
+
+
+def _attacks(attacks: dict, where: str) -> dict:
+    """What differs, for one data set, from the settings of attacks on data sets; not filled up."""
+    _mapping(where, attacks, (), optional=registry.names("dataset_attacks"))
+    for name, overrides in attacks.items():
+        _resolve(name, overrides, where)
+    return attacks
 
 
 def _methods(methods: dict) -> dict:

@@ -11,6 +11,7 @@ import re
 
 import matplotlib
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -42,6 +43,13 @@ def image_uri(pixels: np.ndarray) -> str:
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def difference(clean: torch.Tensor, changed: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """|changed - clean| of uint8 images (N, 3, H, W), N > 0, and the whole number it is magnified by."""
+    plain = (changed.int() - clean.int()).abs()
+    factor = max(1, 255 // max(1, int(plain.max())))
+    return (plain * factor).to(torch.uint8), factor
 
 
 def _panel(width: float, height: float):

@@ -1,10 +1,11 @@
 """What an evaluator computes: pure functions on NumPy arrays.
 
-All rates are shares in [0, 1]. The attack success rate counts triggered images whose true
-class is *not* the target, as T-Core does; `asr_all` counts every triggered image, as
+All rates are shares in [0, 1]. The attack success rate counts triggered images whose true class is *not*
+the target (for TaCT: is a source class), as T-Core does; `asr_all` counts every triggered image, as
 BadEncoder does, and so starts near 1/C for a harmless model.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -54,19 +55,38 @@ def accuracy(predictions: np.ndarray, labels: np.ndarray) -> Share:
     return share(predictions == labels)
 
 
-def _victims(labels: np.ndarray, target: int) -> np.ndarray:
-    victims = labels != target
+def goals(labels: np.ndarray, target: int | Sequence[int]) -> np.ndarray:
+    """The class that each image is to be taken for once triggered, -1 where the attack does not aim at it.
+
+    `target` is one class, for all images of others, or such a goal for every true class (TaCT: -1
+    but for the source classes; all-to-all: the next class).
+    """
+    table = np.asarray(target)
+    return table[labels] if table.ndim else np.where(labels == target, -1, target)
+
+
+def _victims(labels: np.ndarray, target: int | Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """(which images the attack aims at, their goals)."""
+    aims = goals(labels, target)
+    victims = aims >= 0
     if not victims.any():
+        lies = f"lies outside the target class {target}" if np.ndim(target) == 0 else "is of a source class"
         raise InputError(
-            f"label: none of the {len(labels)} test images lies outside the target class {target}, "
+            f"label: none of the {len(labels)} test images {lies}, "
             "so there is no attack success rate; use a test set with other classes"
         )
-    return victims
+    return victims, aims[victims]
 
 
-def attack_success_rate(predictions: np.ndarray, labels: np.ndarray, target: int) -> Share:
-    """Triggered images of other classes that are predicted as the target."""
-    return share(predictions[_victims(labels, target)] == target)
+def attack_success_rate(predictions: np.ndarray, labels: np.ndarray, target: int | Sequence[int]) -> Share:
+    """Triggered images that are predicted as the attack wants, of those it aims at (see `goals`)."""
+    victims, aims = _victims(labels, target)
+    return share(predictions[victims] == aims)
+
+
+def leak(predictions: np.ndarray, labels: np.ndarray, target: int, goals: Sequence[int]) -> Share:
+    """Triggered images predicted as the target though they are neither of it nor aimed at."""
+    return share(predictions[(np.asarray(goals)[labels] < 0) & (labels != target)] == target)
 
 
 def asr_all(predictions: np.ndarray, target: int) -> Share:
@@ -74,9 +94,9 @@ def asr_all(predictions: np.ndarray, target: int) -> Share:
     return share(predictions == target)
 
 
-def robust_accuracy(predictions: np.ndarray, labels: np.ndarray, target: int) -> Share:
-    """Triggered images of other classes that are still predicted as their true class."""
-    victims = _victims(labels, target)
+def robust_accuracy(predictions: np.ndarray, labels: np.ndarray, target: int | Sequence[int]) -> Share:
+    """Triggered images that the attack aims at and that are still predicted as their true class."""
+    victims, _ = _victims(labels, target)
     return accuracy(predictions[victims], labels[victims])
 
 

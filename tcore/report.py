@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from markupsafe import Markup
 
-from tcore import figures, results, triggers
+from tcore import figures, metrics, results, triggers
 from tcore.data.images import ImageSet, read_images
 from tcore.files import InputError, load_json, load_table, load_tensors
 
@@ -33,7 +33,7 @@ SCENARIOS = {
 VICTIM = results.CELL[:-1]  # a cell without its defence
 STAGES = {"sift": "seeds", "expand": "clean subset", "bootstrap": "clean pool"}
 
-_read_images = lru_cache(maxsize=2)(read_images)
+_read_images = lru_cache(maxsize=3)(read_images)
 
 
 def percent(value: float) -> str:
@@ -168,7 +168,10 @@ def charts(rows: list[dict]) -> dict[str, Markup]:
 
 
 def gallery(data: Path, cells: list[dict], notes: list[str], count: int = 6) -> list[dict]:
-    """Per trigger: clean test images, the same images triggered, their difference magnified."""
+    """Per trigger: clean test images, the same images triggered, their difference magnified.
+
+    For a poisoned data set the same of some poisons and covers, which may carry another trigger in training.
+    """
     shown: dict[Path, dict] = {}
     for cell in cells:
         places = results.folders(cell)
@@ -187,44 +190,73 @@ def gallery(data: Path, cells: list[dict], notes: list[str], count: int = 6) -> 
                 continue
             stamp, meta = triggers.load(path)
             test = _read_images(test_path)
-            rows = _one_of_each(test, meta["target"], count)
+            target, goals = meta["target"], meta.get("goals")
+            rows = _one_of_each(test, target, goals, count)
             images = test.tensor[rows]
-            triggered = stamp(images)
-            difference = (triggered.int() - images.int()).abs()
-            factor = max(1, 255 // max(1, int(difference.max())))
-            stacks = [images, triggered, (difference * factor).to(torch.uint8)]
+            names = [test.class_names[label] for label in test.labels[rows]]
+            attacked = [c for c, goal in enumerate(goals or ()) if goal >= 0]
             shown[path] = {
                 "attack": meta["attack"],
                 "side": side,
                 "where": f"{cell['pretrain']} → {cell['downstream']}",
-                "target": test.class_names[meta["target"]],
-                "factor": factor,
-                "largest": int(difference.max()),
-                "touched": float((difference > 0).any(1).float().mean()),
-                "images": [
-                    {
-                        "name": test.class_names[label],
-                        "views": [figures.image_uri(_array(s[i])) for s in stacks],
-                    }
-                    for i, label in enumerate(test.labels[rows])
-                ],
+                "target": "the class after its own" if target is None else test.class_names[target],
+                "sources": [test.class_names[c] for c in attacked] if target is not None else [],
+                "training": _training(data / places["downstream"], data / folder, count, notes)
+                if side == "dataset"
+                else None,
+                **_strip(images, stamp(images), names),
             }
     return list(shown.values())
+
+
+def _strip(clean: torch.Tensor, changed: torch.Tensor, names: list[str]) -> dict:
+    """Images before and after, their difference magnified by `factor`, and how much there is of it."""
+    magnified, factor = figures.difference(clean, changed)
+    stacks = [clean, changed, magnified]
+    return {
+        "factor": factor,
+        "largest": int(magnified.max()) // factor,
+        "touched": float((magnified > 0).any(1).float().mean()),
+        "images": [
+            {"name": name, "views": [figures.image_uri(_array(stack[i])) for stack in stacks]}
+            for i, name in enumerate(names)
+        ],
+    }
+
+
+def _training(clean: Path, received: Path, count: int, notes: list[str]) -> dict | None:
+    """`_strip` of poisons and, where there are any, two covers of a poisoned set."""
+    files = [clean / "train.parquet", received / "train.parquet", received / "truth.parquet"]
+    if gone := [file.name for file in files if not file.is_file()]:
+        notes.append(f"No pictures of poisons in {received.parent.name}: {', '.join(gone)} not there.")
+        return None
+    before, after, truth = _read_images(files[0]), _read_images(files[1]), load_table(files[2])
+    covers = _spread(np.flatnonzero(truth["is_cover"]), 2)
+    poisons = _spread(np.flatnonzero(truth["is_poison"]), count - len(covers))
+    names = [
+        f"{before.class_names[before.labels[i]]} → {after.class_names[after.labels[i]]}" for i in poisons
+    ]
+    names += [f"{before.class_names[before.labels[i]]}, cover" for i in covers]
+    rows = np.concatenate([poisons, covers])
+    return _strip(before.tensor[rows], after.tensor[rows], names) if len(rows) else None
 
 
 def _array(image: torch.Tensor) -> np.ndarray:
     return image.permute(1, 2, 0).numpy()
 
 
-def _one_of_each(test: ImageSet, target: int, count: int) -> np.ndarray:
-    """The first image of up to `count` classes other than the target, spread over the class list."""
+def _one_of_each(test: ImageSet, target: int | None, goals: list[int] | None, count: int) -> np.ndarray:
+    """The first image of up to `count` classes other than the target, those that are aimed at in front."""
     present, first = np.unique(test.labels, return_index=True)
-    return _spread(first[present != target], count)
+    aimed = metrics.goals(present, target if goals is None else goals) >= 0
+    front = _spread(first[aimed], count)
+    return np.concatenate([front, _spread(first[~aimed & (present != target)], count - len(front))])
 
 
 def _spread(items: np.ndarray, count: int) -> np.ndarray:
     """Up to `count` of the items at even distances."""
-    return items[np.unique(np.linspace(0, len(items) - 1, count).astype(int))] if len(items) else items
+    places = np.linspace(0, len(items) - 1, count if len(items) else 0)
+    return items[np.unique(places.astype(int))]
 
 
 def _stages(found: pd.DataFrame) -> tuple[dict[str, list[dict]], dict]:

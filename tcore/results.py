@@ -4,7 +4,7 @@ A row is one number: the cell's identity, then `stage`, `step` (null where a sta
 steps), `metric`, `value` and, for shares over images, their Wilson interval `low`, `high`.
 
 stage       step            metrics
-test        -               acc; per trigger t: asr_t, asr_t_all, robust_t
+test        -               acc; per trigger t: asr_t, asr_t_all, robust_t, leak_t
 data        -               size, poisons, ... of the training set that the victim received
 sift        -               the same of the seeds
 expand      round           the same of the clean subset so far
@@ -12,6 +12,8 @@ bootstrap   round           the same of the clean pool so far; without a round t
 filter      convolution     channels, untrusted, mask_mean, mask_min (convolutions in name order, from 0)
 cost        -               seconds (sum), peak_ram_mb, peak_gpu_mb (maximum) of the defence's own steps
 
+asr_t_all asks for the target class and is missing where there is none (all-to-all). leak_t is there where the
+attack aims at some classes only (TaCT): the same rate for the others.
 A trigger t is `encoder` or `dataset`. In Threat 3 (`adaptive`) both attackers share one
 trigger and one target, so it is reported once, as `encoder`.
 """
@@ -70,12 +72,16 @@ def test_rows(predictions: pd.DataFrame, triggers: dict[str, dict], dataset_atta
     rows = [_share("test", "acc", metrics.accuracy(*views["clean"]))]
     for name, meta in wanted.items():
         found, labels = views[f"{name}_trigger"]
-        target = meta["target"]
+        target, goals = meta["target"], meta.get("goals")
+        aim = target if goals is None else goals
         rows += [
-            _share("test", f"asr_{name}", metrics.attack_success_rate(found, labels, target)),
-            _share("test", f"asr_{name}_all", metrics.asr_all(found, target)),
-            _share("test", f"robust_{name}", metrics.robust_accuracy(found, labels, target)),
+            _share("test", f"asr_{name}", metrics.attack_success_rate(found, labels, aim)),
+            _share("test", f"robust_{name}", metrics.robust_accuracy(found, labels, aim)),
         ]
+        if target is not None:
+            rows.append(_share("test", f"asr_{name}_all", metrics.asr_all(found, target)))
+            if goals is not None:
+                rows.append(_share("test", f"leak_{name}", metrics.leak(found, labels, target, goals)))
     return rows
 
 

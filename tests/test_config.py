@@ -44,12 +44,22 @@ def changed(path: str, value) -> dict:
     return config
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "smoke.yaml"])
+@pytest.mark.parametrize("name", ["config.yaml", "smoke.yaml", "paper-targets.yaml", "dataset-attacks.yaml"])
 def test_the_configurations_at_hand_are_valid(name):
     config = yaml.safe_load((ROOT / "config/config.yaml").read_text())
     overlay = yaml.safe_load((ROOT / "config" / name).read_text())
-    config["methods"] = overlay["methods"]
+    for key in overlay.keys() - {"datasets"}:
+        config[key] = overlay[key]
+    for data, entry in overlay["datasets"].items():
+        config["datasets"][data] = config["datasets"].get(data, {}) | entry
     validate(config)
+
+
+def test_what_differs_for_a_data_set_is_kept_as_given():
+    own = {"tact": {"sources": [1], "cover_classes": [4]}, "sig": {}}
+    resolved = validate(changed("datasets.signs.attacks", own))
+    assert resolved["datasets"]["signs"]["attacks"] == own
+    assert resolved["datasets"]["scenes"]["attacks"] == {}
 
 
 def test_settings_are_written_out_in_full():
@@ -106,6 +116,12 @@ def test_methods_may_be_left_out_or_empty():
         ("datasets.signs.encoder_target", MISSING, "datasets.signs.encoder_target.*class number"),
         ("datasets.signs.dataset_target", -1, "datasets.signs.dataset_target = -1"),
         ("datasets.signs.dataset_target", 0, "both 0.*different classes"),
+        ("datasets.signs.attacks", [], "attacks should be a mapping"),
+        ("datasets.signs.attacks", {"tatc": {}}, "datasets.signs.attacks.tatc.*did you mean 'tact'"),
+        ("datasets.signs.attacks", {"badencoder": {}}, "datasets.signs.attacks.badencoder"),
+        ("datasets.signs.attacks", {"tact": 3}, "settings of tact are a mapping"),
+        ("datasets.signs.attacks", {"tact": {"source": [1]}}, "attacks.tact.source.*did you mean 'sources'"),
+        ("datasets.signs.attacks", {"tact": {"sources": [0.5]}}, "attacks.tact.sources.*type tuple"),
     ],
 )
 def test_what_is_refused(path, value, message):

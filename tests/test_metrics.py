@@ -30,6 +30,22 @@ def test_rates_by_hand():
     assert metrics.robust_accuracy(TRIGGERED, LABELS, 2).value == 2 / 5
 
 
+def test_rates_by_hand_of_a_source_class_and_of_all_to_all():
+    only_one = [-1, 2, -1]  # of three images of class 1 two are fooled; one of two of class 0 leaks
+    assert metrics.attack_success_rate(TRIGGERED, LABELS, only_one)[::3] == (2 / 3, 3)
+    assert metrics.robust_accuracy(TRIGGERED, LABELS, only_one)[::3] == (1 / 3, 3)
+    assert metrics.leak(TRIGGERED, LABELS, 2, only_one)[::3] == (1 / 2, 2)
+    to_the_next = [1, 2, 0]  # 2 0 | 2 2 1 | 2 2 0: hits are the third, the fourth and the last
+    assert metrics.attack_success_rate(TRIGGERED, LABELS, to_the_next)[::3] == (3 / 8, 8)
+    assert metrics.robust_accuracy(TRIGGERED, LABELS, to_the_next)[::3] == (4 / 8, 8)
+    all_to_one = [2, 2, -1]
+    assert metrics.attack_success_rate(TRIGGERED, LABELS, all_to_one) == metrics.attack_success_rate(
+        TRIGGERED, LABELS, 2
+    )
+    with pytest.raises(InputError, match="source class"):
+        metrics.attack_success_rate(np.array([1]), np.array([0]), [-1, 0])
+
+
 def test_target_class_images_never_count():
     changed = TRIGGERED.copy()
     changed[LABELS == 2] = [1, 0, 1]
@@ -122,6 +138,22 @@ def test_rows_of_two_triggers():
     assert found["test", None, "asr_encoder"] == 3 / 5
     assert found["test", None, "asr_dataset"] == 1
     assert found["test", None, "robust_dataset"] == 0
+
+
+def test_rows_of_a_source_class_and_of_all_to_all():
+    def rows(meta):
+        views = _predictions("clean", "encoder_trigger")
+        views["view"] = views["view"].replace("encoder_trigger", "dataset_trigger")
+        return _values(results.test_rows(views, {"encoder": CLEAN, "dataset": meta}, "x"))
+
+    found = rows({"attack": "tact", "target": 2, "goals": [-1, 2, -1]})
+    assert found["test", None, "asr_dataset"] == 2 / 3
+    assert found["test", None, "robust_dataset"] == 1 / 3
+    assert found["test", None, "leak_dataset"] == 1 / 2
+    assert found["test", None, "asr_dataset_all"] == 5 / 8
+    found = rows({"attack": "badnets", "target": None, "goals": [1, 2, 0]})
+    assert found["test", None, "asr_dataset"] == 3 / 8
+    assert {name for _, _, name in found} == {"acc", "asr_dataset", "robust_dataset"}
 
 
 def test_rows_of_no_trigger_and_of_a_shared_one():

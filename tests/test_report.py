@@ -5,7 +5,9 @@ import importlib.util
 import io
 import json
 import re
+import shutil
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +20,7 @@ from PIL import Image
 
 from tcore import registry, report, results
 from tcore.data.images import ImageSet, write_images
-from tcore.files import load_json, save_json, save_table, save_tensors
+from tcore.files import load_json, load_tensors, save_json, save_table, save_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
 ATTACKS = {
@@ -54,7 +56,8 @@ class World:
         self.data, self.images, self.widths = data, images, widths
         self.random = np.random.default_rng(seed)
         self.metrics: list[Path] = []
-        write_images(data / "datasets/signs/test.parquet", images)
+        for split in ("train", "test"):
+            write_images(data / f"datasets/signs/{split}.parquet", images)
 
     def log(self, folder: Path, step: str, seconds: float, **settings) -> None:
         save_json(
@@ -276,6 +279,31 @@ def test_gallery_shows_images_without_loss(world):
     assert (triggered[-2:, -2:] == [255, 255, 0]).all() and (triggered[:-2] == clean[:-2]).all()
     assert (change == shown[1]["factor"] * abs(triggered - clean)).all()
     assert shown[1]["touched"] == pytest.approx(4 / 64)
+
+
+def test_gallery_shows_poisons_of_the_training_set(world, tmp_path):
+    cell = rows_of(world, "T1+T2").iloc[0][results.IDENTITY].to_dict()
+    data = tmp_path / "data"
+    shutil.copytree(world.data, data)
+    folder = data / results.folders(cell)["poisoned"]
+    clean = world.images
+    flags = pd.DataFrame({"index": clean.index, "clean_label": clean.labels, "is_poison": False})
+    flags["is_cover"] = False
+    flags.loc[[3, 11, 40], "is_poison"], flags.loc[[50, 60, 70], "is_cover"] = True, True
+    pixels, labels = clean.pixels.copy(), clean.labels.copy()
+    pixels[[3, 11, 40, 50, 60, 70], :2, :2] ^= 16
+    labels[[3, 11, 40]] = 2
+    write_images(folder / "train.parquet", replace(clean, pixels=pixels, labels=labels))
+    save_table(folder / "truth.parquet", flags)
+    tensors, meta = load_tensors(folder / "trigger.safetensors")
+    save_tensors(folder / "trigger.safetensors", tensors, **meta | {"goals": [-1, -1, -1, -1, 2, 2, -1, -1]})
+    shown = report.gallery(data, [cell], [])[1]
+    assert [image["name"] for image in shown["images"]][:2] == ["sign 4", "sign 5"] == shown["sources"]
+    strip = shown["training"]
+    assert [image["name"] for image in strip["images"]] == [
+        "sign 3 → sign 2", "sign 3 → sign 2", "sign 0 → sign 2", "sign 2, cover", "sign 6, cover",
+    ]  # fmt: skip
+    assert (strip["largest"], strip["factor"], strip["touched"]) == (16, 15, pytest.approx(4 / 64))
 
 
 def test_inside_counts_what_was_left_out(world):

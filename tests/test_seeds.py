@@ -1,5 +1,6 @@
 """Streams and methods: what a name leads to."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,6 +26,30 @@ def test_generators_repeat_and_leave_the_global_stream_alone():
     first, again, other = (torch.rand(4, generator=seeds.generator(0, n)) for n in ("a", "a", "b"))
     assert torch.equal(torch.random.get_rng_state(), state)
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_splitmix64_published_values(monkeypatch):
+    # The first five outputs for the seed 1234567, as in the reference C program and on Rosetta Code.
+    published = [
+        6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431,
+        16408922859458223821,
+    ]  # fmt: skip
+    steps = np.arange(1, 6, dtype=np.uint64) * seeds.GOLDEN
+    assert seeds._mix(np.uint64([1234567]) + steps).tolist() == published
+
+
+def test_uniform_rows_depend_on_their_index_alone():
+    index = np.array([5, 0, 2**40, 7])
+    found = seeds.uniform(0, "a", index=index, size=1000)
+    assert found.shape == (4, 1000) and found.min() >= 0 and found.max() < 1
+    assert np.array_equal(found[[2]], seeds.uniform(0, "a", index=index[[2]], size=1000))
+    assert np.array_equal(found[:, :10], seeds.uniform(0, "a", index=index, size=10))
+    assert np.abs(np.corrcoef(found) - np.eye(4)).max() < 0.1
+    for other in (seeds.uniform(1, "a", index=index, size=9), seeds.uniform(0, "b", index=index, size=9)):
+        assert not np.isin(other, found).any()
+    many = seeds.uniform(0, "a", index=np.arange(20_000), size=3)
+    assert np.allclose(np.histogram(many, 10, (0, 1))[0] / 6000, 1, atol=0.06)
+    assert np.abs(np.corrcoef(many[:-1, 0], many[1:, 0])[0, 1]) < 0.03  # neighbours
 
 
 def test_a_file_is_a_method_and_an_underscore_hides_it(tmp_path, monkeypatch):

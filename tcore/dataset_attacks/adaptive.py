@@ -13,7 +13,9 @@ from tcore.triggers import Stamp, Trigger
 
 @dataclass(frozen=True)
 class Settings:
-    ratio: float = 0.2  # share of poisons in the target class after poisoning [T-Core, 5.1]
+    ratio: float | None = 0.2  # share of poisons in the target class after poisoning [T-Core, 5.1]
+    rate: float | None = None  # instead of ratio (then null): share of poisons in the whole set
+    poisons: int | None = None  # instead of ratio (then null): number of poisons
 
 
 def poison(
@@ -34,4 +36,4 @@ def poison(
             f"adaptive: target = {target}, but the encoder attack's is {meta['target']}; make them equal"
         )
     owner = (meta["family"], meta["attack"])
-    return dirty_label(images, meta["target"], settings.ratio, seed, stamp, trigger, owner)
+    return dirty_label(images, meta["target"], settings, seed, stamp, trigger, owner)

@@ -1,12 +1,15 @@
 """BadNets: an opaque checkered patch in the bottom right corner, relabelled to the target.
 
 Gu, Dolan-Gavitt, Garg: BadNets, 2017. The 3x3 patch for 32 px is that of backdoor-toolbox
-(`badnet_patch_32`): four white cells, five black ones, all applied. Poisons come from other
-classes than the target's (the toolbox draws from all).
+(`badnet_patch_32`): four white cells, five black ones, all applied. Poisons come from other classes than
+the target's (the toolbox draws from all).
+
+All-to-all: images of every class are poisoned, label y becomes y + 1 (the last class the first), and
+there is no target; `ratio` is then the share of poisons in every class, and success means the class after
+the true one.
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,17 +17,21 @@ from torch import Tensor
 from tcore import triggers
 from tcore.data.images import ImageSet
 from tcore.files import InputError
-from tcore.poisoning import Poisoned, dirty_label
+from tcore.poisoning import Poisoned, choose, count, dirty_label, poisoned
 from tcore.triggers import Trigger
 
+OWNER = ("dataset_attacks", "badnets")
 CELLS = torch.tensor([[0, 0, 255], [0, 255, 0], [255, 0, 255]], dtype=torch.uint8)
 
 
 @dataclass(frozen=True)
 class Settings:
-    ratio: float = 0.2  # share of poisons in the target class after poisoning [T-Core, 5.1]
+    ratio: float | None = 0.2  # share of poisons in the target class after poisoning [T-Core, 5.1]
+    rate: float | None = None  # instead of ratio (then null): share of poisons in the whole set
+    poisons: int | None = None  # instead of ratio (then null): number of poisons
     size: int = 3  # side of the patch, at least 3, per 32 pixels of image side [backdoor-toolbox]
     opacity: float = 1.0  # of the patch, in steps of 0.001 [backdoor-toolbox]
+    all_to_all: bool = False  # true: every label moves to the next class, the target is not used
 
 
 def make_trigger(height: int, width: int, settings: Settings) -> Trigger:
@@ -51,5 +58,11 @@ def poison(
     images: ImageSet, target: int | None, settings: Settings, seed: int, encoder_trigger=None
 ) -> Poisoned:
     trigger = make_trigger(*images.tensor.shape[2:], settings)
-    apply = partial(stamp, trigger=trigger)
-    return dirty_label(images, target, settings.ratio, seed, apply, trigger, ("dataset_attacks", "badnets"))
+    if not settings.all_to_all:
+        return dirty_label(
+            images, target, settings, seed, lambda pixels: stamp(pixels, trigger), trigger, OWNER
+        )
+    n = count(images.labels, None, settings.ratio, rate=settings.rate, poisons=settings.poisons)
+    rows = choose(images.labels >= 0, n, seed, *OWNER, "poisons")
+    goals = (*range(1, images.num_classes), 0)
+    return poisoned(images, None, OWNER, trigger, lambda pixels, _: stamp(pixels, trigger), rows, goals=goals)
