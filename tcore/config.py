@@ -17,6 +17,7 @@ KEYS = (
     "pretraining",
     "datasets",
 )
+OF_DATASET = ("settings", "encoder_target", "dataset_target", "pretraining")  # beside its source
 BUILT_IN = ("none", "tcore")  # the defences that have rules of their own
 IMPLIED = ("clean", "adaptive")  # attacks that a scenario brings with it
 
@@ -63,8 +64,10 @@ def _datasets(datasets: dict) -> dict:
             raise InputError(
                 f"config: {where}: a name consists of a-z, 0-9 and _, because it becomes a folder"
             )
-        _mapping(where, entry, ("source",), optional=("settings", "encoder_target", "dataset_target"))
+        _mapping(where, entry, ("source",), optional=OF_DATASET)
         _known(f"{where}.source", entry["source"], registry.names("data/sources"))
+        if "pretraining" in entry:
+            _known(f"{where}.pretraining", entry["pretraining"], registry.names("pretraining"))
         overrides = entry.get("settings") or {}
         resolved[name] = entry | {"settings": _resolve(entry["source"], overrides, f"{where}.settings")}
     return resolved

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from toys import CPU, TinyEncoder, toy
 
 from tcore import triggers
-from tcore.data.images import ImageSet, write_images
+from tcore.data.images import write_images
 from tcore.encoder_attacks import badencoder, clean
 from tcore.encoder_attacks._implant import Features
 from tcore.encoder_attacks._references import choose_references
@@ -19,37 +19,7 @@ from tcore.files import InputError, load_json
 from tcore.models.encoder import Encoder, extract_features, load_encoder, save_encoder
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "poison_encoder.py"
-CPU = torch.device("cpu")
 SETTINGS = badencoder.Settings(epochs=30, batch=32, lr=0.01, lambda2=2.0, size=6, reference_augmentations=4)
-
-
-class TinyEncoder(nn.Module):
-    """Three convolutions; the last shift is negative so that features differ in direction."""
-
-    image_size, dim = 16, 48
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("mean", torch.full((1, 3, 1, 1), 0.5), persistent=False)
-        self.body = nn.Sequential()
-        for inputs, outputs in ((3, 24), (24, 32), (32, 48)):
-            self.body.extend(
-                [nn.Conv2d(inputs, outputs, 3, 2, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
-            )
-        nn.init.constant_(self.body[-2].bias, -0.5)
-
-    def forward(self, x):
-        return self.body(x - self.mean).mean((2, 3))
-
-
-def toy(n: int, seed: int) -> ImageSet:
-    """Five colour templates with noise."""
-    templates = torch.rand(5, 3, 5, 5, generator=torch.Generator().manual_seed(9))
-    labels = torch.arange(n) % 5
-    x = F.interpolate(templates[labels], 16, mode="bilinear")
-    x = x + 0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
-    pixels = (x.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
-    return ImageSet(pixels, labels.numpy(), np.arange(n), tuple("abcde"), "toy")
 
 
 @pytest.fixture(scope="module")
