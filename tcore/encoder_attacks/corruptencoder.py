@@ -124,9 +124,8 @@ def poison_images(
     if plain:
         rows = choose(own, settings.support_images, seed, *name, "support")
         support, whole = cut(downstream.tensor[rows[draw(len(rows))[:plain]]], None)
-        backgrounds[:plain] = composites(
-            backgrounds[:plain], support, whole, ~right[:plain], torch.zeros(plain, dtype=torch.long)
-        )
+        offset[:plain] = 0
+        backgrounds[:plain] = composites(backgrounds[:plain], support, whole, ~right[:plain], offset[:plain])
     poisons = composites(backgrounds, objects[which], opacity[which], right, offset)
 
     side = trigger["patch"].shape[-1]
