@@ -9,6 +9,8 @@ nobody else has to know them. Parameter names of the residual networks are those
 * resnet18_224: the usual stem (7x7, stride 2, max-pooling).
 * resnet_narrow: 3x3 stride-2 stem, one block a stage, widths 24 to 192, d = 192; small
   enough for two CPU cores.
+* resnet_tiny: 3x3 stride-1 stem, one block a stage, widths 16 to 128, d = 128; for 16 px,
+  where it sees what a stride-2 stem loses.
 * vit: patches of 4x4, width 512, 6 blocks, 8 heads, 512 hidden units: the transformer that the shapes in
   the paper suggest (a 1536x512 layer, its query-key-value projection). See `transformer.py`.
 """
@@ -65,6 +67,7 @@ ARCHITECTURES = {
     "resnet18": Residual((64, 128, 256, 512), (2, 2, 2, 2), stem=3, stride=1, pool=False),
     "resnet18_224": Residual((64, 128, 256, 512), (2, 2, 2, 2), stem=7, stride=2, pool=True),
     "resnet_narrow": Residual((24, 48, 96, 192), (1, 1, 1, 1), stem=3, stride=2, pool=False),
+    "resnet_tiny": Residual((16, 32, 64, 128), (1, 1, 1, 1), stem=3, stride=1, pool=False),
     "vit": Transformer(patch=4, dim=512, depth=6, heads=8, hidden=512),
 }
 

@@ -29,7 +29,7 @@ from tcore.pretraining.augment import blur, flip, grey, jitter, resized_crop
 
 @dataclass(frozen=True)
 class Settings:
-    architecture: str = "resnet18_224"  # resnet18, resnet18_224, resnet_narrow or vit
+    architecture: str = "resnet18_224"  # a name in tcore/models/encoder.py
     epochs: int = 200  # passes over the unlabelled images [SSLBackdoor]
     batch: int = 256  # images a step, two views each [SSLBackdoor]
     lr: float = 0.06  # SGD's rate at its peak [SSLBackdoor]

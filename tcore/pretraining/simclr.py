@@ -26,7 +26,7 @@ from tcore.pretraining.augment import simclr_view
 
 @dataclass(frozen=True)
 class Settings:
-    architecture: str = "resnet18"  # resnet18, resnet18_224, resnet_narrow or vit
+    architecture: str = "resnet18"  # a name in tcore/models/encoder.py
     epochs: int = 1000  # passes over the unlabelled images [BadEncoder]
     batch: int = 256  # images a step, two views each [BadEncoder]
     lr: float = 1e-3  # Adam's rate at its peak [BadEncoder]
