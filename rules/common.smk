@@ -124,8 +124,23 @@ def settings_of_source(wildcards):
     return canonical(of_dataset("settings")(wildcards))
 
 
+def pretraining(wildcards):
+    """The pre-trainer of a data set: its own or the experiment's."""
+    return experiment["datasets"][wildcards.pretrain].get("pretraining", experiment["pretraining"])
+
+
 def code_of_pretraining(wildcards):
-    return provenance.code("pretrain_encoder", f"pretraining/{experiment['pretraining']}")
+    return provenance.code("pretrain_encoder", f"pretraining/{pretraining(wildcards)}")
+
+
+def settings_of_pretraining(wildcards):
+    return settings(pretraining(wildcards))
+
+
+def attacks_on(weights):
+    """Pattern of the encoder attacks that change weights, or of those that change the images of pre-training."""
+    names = registry.names("encoder_attacks")
+    return "|".join(name for name in names if registry.on_weights(name) == weights)
 
 
 # Evaluation
@@ -151,14 +166,20 @@ def identity(wildcards):
 def records(wildcards):
     """The records of all steps behind all cells."""
     everywhere = (
-        rules.pretrain_encoder,
-        rules.poison_encoder,
         rules.extract_features,
         rules.train_head,
         rules.predict,
         rules.evaluate,
     )
     found = {path for step in everywhere for path in expand(step.output.record, zip, **CELLS)}
+    on_weights = CELLS["encoder_attack"].map(registry.on_weights)
+    for step, chosen in (
+        (rules.pretrain_encoder, on_weights),
+        (rules.poison_encoder, on_weights),
+        (rules.poison_images, ~on_weights),
+        (rules.pretrain_on_poisons, ~on_weights),
+    ):
+        found.update(expand(step.output.record, zip, **CELLS[chosen]))
     for step in (rules.sift, rules.expand, rules.filter_channels, rules.bootstrap):
         found.update(expand(step.output.record, zip, **CELLS_OF_TCORE))
     found.update(map(received("poison_dataset.run.json"), CELLS.to_dict("records")))

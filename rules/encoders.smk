@@ -1,4 +1,4 @@
-# Stranger one: pre-trains an encoder, and plants a backdoor in it.
+# Stranger one: pre-trains an encoder, and plants a backdoor in it, afterwards or in the unlabelled images.
 
 
 rule pretrain_encoder:
@@ -14,7 +14,7 @@ rule pretrain_encoder:
         gpu=1,
     params:
         code=code_of_pretraining,
-        settings=settings(experiment["pretraining"]),
+        settings=settings_of_pretraining,
     message:
         "Stranger one pre-trains an encoder on {wildcards.pretrain} (seed {wildcards.seed})"
     shell:
@@ -34,6 +34,8 @@ rule poison_encoder:
         record="data/encoders/{pretrain}-{encoder_attack}/{downstream}/{seed}/poison_encoder.run.json",
     log:
         "<logs>/poison_encoder/{pretrain}-{encoder_attack}/{downstream}/{seed}.log",
+    wildcard_constraints:
+        encoder_attack=attacks_on(weights=True),
     threads: 8
     resources:
         gpu=1,
@@ -49,3 +51,47 @@ rule poison_encoder:
         " --downstream {input.downstream} --attack {wildcards.encoder_attack} --target {params.target}"
         " --settings {params.settings:q} --seed {wildcards.seed}"
         " --encoder-out {output.encoder} --trigger {output.trigger} --record {output.record} > {log} 2>&1"
+
+
+rule poison_images:
+    input:
+        images="data/datasets/{pretrain}/train.parquet",
+        downstream="data/datasets/{downstream}/train.parquet",
+    output:
+        # As large as the pre-training set and made again in seconds.
+        images=temp("data/encoders/{pretrain}-{encoder_attack}/{downstream}/{seed}/images.parquet"),
+        truth="data/encoders/{pretrain}-{encoder_attack}/{downstream}/{seed}/truth.parquet",
+        trigger="data/encoders/{pretrain}-{encoder_attack}/{downstream}/{seed}/trigger.safetensors",
+        record="data/encoders/{pretrain}-{encoder_attack}/{downstream}/{seed}/poison_images.run.json",
+    log:
+        "<logs>/poison_images/{pretrain}-{encoder_attack}/{downstream}/{seed}.log",
+    wildcard_constraints:
+        encoder_attack=attacks_on(weights=False),
+    params:
+        code=code("poison_images", "encoder_attack"),
+        settings=settings_of("encoder_attack"),
+        target=target("encoder"),
+    message:
+        "Stranger one poisons the unlabelled images of {wildcards.pretrain}: attack {wildcards.encoder_attack}"
+        " (seed {wildcards.seed})"
+    shell:
+        "python scripts/poison_images.py --images {input.images} --downstream {input.downstream}"
+        " --attack {wildcards.encoder_attack} --target {params.target}"
+        " --settings {params.settings:q} --seed {wildcards.seed}"
+        " --poisoned {output.images} --truth {output.truth} --trigger {output.trigger}"
+        " --record {output.record} > {log} 2>&1"
+
+
+use rule pretrain_encoder as pretrain_on_poisons with:
+    input:
+        images="data/encoders/{pretrain}-{encoder_attack}/{downstream}/{seed}/images.parquet",
+    output:
+        encoder="data/encoders/{pretrain}-{encoder_attack}/{downstream}/{seed}/encoder.safetensors",
+        record="data/encoders/{pretrain}-{encoder_attack}/{downstream}/{seed}/pretrain_encoder.run.json",
+    log:
+        "<logs>/pretrain_encoder/{pretrain}-{encoder_attack}/{downstream}/{seed}.log",
+    wildcard_constraints:
+        encoder_attack=attacks_on(weights=False),
+    message:
+        "Stranger one pre-trains an encoder on the poisoned images of {wildcards.pretrain}:"
+        " attack {wildcards.encoder_attack} (seed {wildcards.seed})"

@@ -3,13 +3,15 @@
 import argparse
 import json
 from dataclasses import asdict
+from hashlib import sha256
 
 from tcore import device as devices
 from tcore import registry, triggers
 from tcore.cli import run
 from tcore.data.images import read_images
-from tcore.encoder_attacks._references import choose_references
+from tcore.encoder_attacks._references import choose_references, read_references
 from tcore.models.encoder import load_encoder, save_encoder
+from tcore.models.knn import knn_accuracy
 from tcore.run import record
 from tcore.settings import resolve
 
@@ -43,15 +45,24 @@ def main() -> None:
     described = {"attack": args.attack, "target": args.target, **asdict(settings)}
     with record(args.record, "poison_encoder", described, args.seed, device) as log:
         downstream = read_images(args.downstream)
-        rows = choose_references(encoder, downstream, args.target, settings.references, device)
-        references = downstream.tensor[rows]
+        if path := getattr(settings, "reference_file", None):
+            references, rows = read_references(path, size, size)[0], []
+        else:
+            rows = choose_references(encoder, downstream, args.target, settings.references, device).numpy()
+            references = downstream.tensor[rows]
         shadow = read_images(args.shadow).tensor
-        encoder, training = attack.poison_encoder(
+        victim, training = attack.poison_encoder(
             encoder, shadow, references, trigger, settings, args.seed, device
         )
-        save_encoder(args.encoder_out, encoder.cpu())
+        save_encoder(args.encoder_out, victim)
         triggers.save(args.trigger, trigger, "encoder_attacks", args.attack, args.target)
-        log |= {"references": downstream.index[rows.numpy()].tolist(), **training}
+        log |= {
+            "references": downstream.index[rows].tolist(),
+            "references_sha256": sha256(references.contiguous().numpy()).hexdigest(),
+            "knn_accuracy": knn_accuracy(victim.to(device), downstream),
+            "knn_accuracy_clean": knn_accuracy(encoder.to(device), downstream),
+            **training,
+        }
 
 
 if __name__ == "__main__":

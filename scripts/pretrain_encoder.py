@@ -8,6 +8,7 @@ from tcore import registry
 from tcore.cli import run
 from tcore.data.images import read_images
 from tcore.models.encoder import save_encoder
+from tcore.models.knn import knn_accuracy
 from tcore.run import record
 from tcore.settings import resolve
 
@@ -26,9 +27,10 @@ def main() -> None:
     settings = method.Settings(**resolve(name, given))
     device = devices.pick()
     with record(args.record, "pretrain_encoder", args.settings, args.seed, device) as log:
-        encoder, training = method.pretrain(read_images(args.images).tensor, settings, args.seed, device)
+        images = read_images(args.images)
+        encoder, training = method.pretrain(images.tensor, settings, args.seed, device)
         save_encoder(args.encoder, encoder)
-        log |= training
+        log |= {"knn_accuracy": knn_accuracy(encoder, images), **training}
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ KEYS = (
     "pretraining",
     "datasets",
 )
+OF_DATASET = ("settings", "encoder_target", "dataset_target", "attacks", "pretraining")  # beside its source
 BUILT_IN = ("none", "tcore")  # the defences that have rules of their own
 IMPLIED = ("clean", "adaptive")  # attacks that a scenario brings with it
 
@@ -30,17 +31,21 @@ def validate(config: dict) -> dict:
     """
     _mapping("config", config, KEYS, optional=("methods",))
     sets = _datasets(config["datasets"])
+    encoder_attacks = [name for name in registry.names("encoder_attacks") if name not in IMPLIED]
     for position, pair in enumerate(_list("pairs", config["pairs"], dict)):
         where = f"pairs[{position}]"
-        _mapping(where, pair, ("pretrain", "downstream"))
-        for key, name in pair.items():
-            _known(f"{where}.{key}", name, list(sets))
+        _mapping(where, pair, ("pretrain", "downstream"), optional=("encoder_attacks",))
+        for key in ("pretrain", "downstream"):
+            _known(f"{where}.{key}", pair[key], list(sets))
+        if "encoder_attacks" in pair:
+            for name in _list(f"{where}.encoder_attacks", pair["encoder_attacks"], str):
+                _known(f"{where}.encoder_attacks", name, encoder_attacks)
     for position, seed in enumerate(_list("seeds", config["seeds"], int)):
         if seed < 0:
             raise InputError(f"config: seeds[{position}] = {seed}: a seed is 0 or more")
     choices = {
         "scenarios": grid.SCENARIOS,
-        "encoder_attacks": [n for n in registry.names("encoder_attacks") if n not in IMPLIED],
+        "encoder_attacks": encoder_attacks,
         "dataset_attacks": [n for n in registry.names("dataset_attacks") if n not in IMPLIED],
         "defenses": [*BUILT_IN, *registry.names("defenses")],
     }
@@ -63,10 +68,10 @@ def _datasets(datasets: dict) -> dict:
             raise InputError(
                 f"config: {where}: a name consists of a-z, 0-9 and _, because it becomes a folder"
             )
-        _mapping(
-            where, entry, ("source",), optional=("settings", "encoder_target", "dataset_target", "attacks")
-        )
+        _mapping(where, entry, ("source",), optional=OF_DATASET)
         _known(f"{where}.source", entry["source"], registry.names("data/sources"))
+        if "pretraining" in entry:
+            _known(f"{where}.pretraining", entry["pretraining"], registry.names("pretraining"))
         overrides = entry.get("settings") or {}
         resolved[name] = entry | {
             "settings": _resolve(entry["source"], overrides, f"{where}.settings"),

@@ -27,19 +27,23 @@ def scenario(encoder_attack: str, dataset_attack: str) -> str:
 
 def cells(config: dict) -> pd.DataFrame:
     """One row per result of a resolved configuration, with `COLUMNS`."""
-    encoder_attacks, dataset_attacks = config["encoder_attacks"], config["dataset_attacks"]
-    attacks = {
-        "clean": (["clean"], ["clean"]),
-        "T1": (encoder_attacks, ["clean"]),
-        "T2": (["clean"], dataset_attacks),
-        "T3": (encoder_attacks, ["adaptive"]),
-        "T1+T2": (encoder_attacks, dataset_attacks),
-    }
+    dataset_attacks = config["dataset_attacks"]
+
+    def attacks(pair: dict, name: str) -> tuple[list[str], list[str]]:
+        encoder_attacks = pair.get("encoder_attacks", config["encoder_attacks"])
+        return {
+            "clean": (["clean"], ["clean"]),
+            "T1": (encoder_attacks, ["clean"]),
+            "T2": (["clean"], dataset_attacks),
+            "T3": (encoder_attacks, ["adaptive"]),
+            "T1+T2": (encoder_attacks, dataset_attacks),
+        }[name]
+
     rows = [
         (pair["pretrain"], pair["downstream"], *attack, scenario(*attack), defense, seed)
         for pair in config["pairs"]
         for name in config["scenarios"]
-        for attack in product(*attacks[name])
+        for attack in product(*attacks(pair, name))
         for defense in config["defenses"]
         for seed in config["seeds"]
     ]

@@ -4,8 +4,10 @@ There is no list to edit and nothing is imported until it is asked for, so a new
 is a new method and changes nothing about the others.
 """
 
+import ast
 import difflib
 import importlib
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -31,6 +33,16 @@ def check(family: str, name: str) -> str:
 
 def path(family: str, name: str) -> Path:
     return ROOT / family / f"{check(family, name)}.py"
+
+
+@cache
+def on_weights(attack: str) -> bool:
+    """Whether an attack on encoders changes weights; the others define `poison_images`, and train on those.
+
+    Read from the source: planning a workflow imports no method.
+    """
+    tree = ast.parse(path("encoder_attacks", attack).read_text())
+    return not any(isinstance(node, ast.FunctionDef) and node.name == "poison_images" for node in tree.body)
 
 
 def load(family: str, name: str) -> ModuleType:

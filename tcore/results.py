@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from tcore import grid, metrics
+from tcore import grid, metrics, registry
 from tcore.files import InputError
 
 IDENTITY = list(grid.COLUMNS)
@@ -156,10 +156,11 @@ def folders(cell: dict) -> dict[str, str]:
     pretrain, downstream, seed = cell["pretrain"], cell["downstream"], cell["seed"]
     encoder = f"{pretrain}-{cell['encoder_attack']}"
     victim = f"{encoder}/{downstream}-{cell['dataset_attack']}/{seed}"
+    clean = {"clean_encoder": f"encoders/{pretrain}-clean/{seed}"}
     return {
         "pretraining": f"datasets/{pretrain}",
         "downstream": f"datasets/{downstream}",
-        "clean_encoder": f"encoders/{pretrain}-clean/{seed}",
+        **(clean if registry.on_weights(cell["encoder_attack"]) else {}),
         "encoder": f"encoders/{encoder}/{downstream}/{seed}",
         "poisoned": grid.received(**{part: cell[part] for part in grid.VICTIM}),
         "features": f"defended/{victim}",

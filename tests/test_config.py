@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tcore import grid
 from tcore.config import validate
 from tcore.files import InputError
+from tcore.settings import resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = {
@@ -69,6 +71,54 @@ def test_settings_are_written_out_in_full():
     assert resolved["methods"]["filter_channels"]["untrusted_share"] == 0.1  # the paper's
     assert resolved["datasets"]["scenes"]["settings"]["open"] is True
     assert resolved["datasets"]["signs"]["settings"]["open"] is False
+
+
+def overlaid(name: str) -> dict:
+    """config.yaml with a second file over it, as Snakemake merges them."""
+
+    def merge(below, above):
+        return {
+            key: merge(below[key], above[key])
+            if isinstance(below.get(key), dict) and isinstance(above.get(key), dict)
+            else above.get(key, below.get(key))
+            for key in {**below, **above}
+        }
+
+    return merge(*(yaml.safe_load((ROOT / "config" / file).read_text()) for file in ("config.yaml", name)))
+
+
+def test_the_papers_17_pairs_with_the_published_settings():
+    experiment = validate(overlaid("pairs.yaml"))
+    found = grid.cells(experiment).query("defense == 'none'")
+    assert found["encoder_attack"].value_counts().to_dict() == {
+        "badencoder": 6, "drupe": 6, "ctrl": 3, "sslbackdoor": 1, "corruptencoder": 1
+    }  # fmt: skip
+    assert len(found.drop_duplicates(["pretrain", "downstream", "encoder_attack"])) == 17
+    ours = {"sslbackdoor": ["source"], "head": ["hidden"]}  # and a list where Settings has a tuple
+    for method, values in experiment["methods"].items():
+        defaults = resolve(method)
+        differs = [key for key in values if values[key] != defaults[key] and key not in ours.get(method, [])]
+        assert differs == [] or method in ("badnets",), method
+
+
+@pytest.mark.parametrize("name", [p.name for p in (ROOT / "config").glob("*.yaml")])
+def test_every_overlay_is_valid(name):
+    validate(overlaid(name))
+
+
+def test_a_pair_and_a_data_set_may_have_their_own_choice():
+    config = changed("pairs.0.encoder_attacks", ["drupe"])
+    assert set(grid.cells(validate(config))["encoder_attack"]) == {"drupe", "clean"}
+    assert (
+        validate(changed("datasets.scenes.pretraining", "moco"))["datasets"]["scenes"]["pretraining"]
+        == "moco"
+    )
+    with pytest.raises(
+        InputError, match=r"pairs\[0\].encoder_attacks: unknown name 'drup': did you mean 'drupe'"
+    ):
+        validate(changed("pairs.0.encoder_attacks", ["drup"]))
+    with pytest.raises(InputError, match=r"scenes.pretraining: unknown name 'mocco': did you mean 'moco'"):
+        validate(changed("datasets.scenes.pretraining", "mocco"))
 
 
 def test_validation_changes_nothing_given():

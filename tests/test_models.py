@@ -3,12 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from scipy import special
 from torch import nn
 
+from tcore.data.images import ImageSet
 from tcore.files import InputError, load_tensors, save_tensors
 from tcore.models import head as heads
 from tcore.models.classifier import Classifier, load_classifier, logits, save_classifier
 from tcore.models.encoder import Encoder, extract_features, load_encoder, save_encoder
+from tcore.models.knn import knn_accuracy, leave_one_out
 from tcore.torchvision_cpu import torchvision
 
 SETTINGS = heads.Settings(hidden=(12, 8), lr=0.01, batch=16)
@@ -85,6 +88,90 @@ def test_features_do_not_depend_on_batches_mode_or_neighbours(encoder):
 def test_images_of_another_size_are_refused(encoder):
     with pytest.raises(InputError, match=r"takes 8x8 images, these are 16x16; set image_size"):
         extract_features(encoder, images(2, 16))
+
+
+def test_the_transformer_against_numpy():
+    """One image through the formula of Dosovitskiy et al., head by head, in float64."""
+    torch.manual_seed(0)
+    encoder = Encoder("vit", 8, (0.4, 0.5, 0.6), (0.1, 0.2, 0.3)).eval()
+    p = {name: tensor.double().numpy() for name, tensor in encoder.state_dict().items()}
+    x = images(1, 8)
+    pixels = (x[0].double().numpy() / 255 - encoder.mean[0].double().numpy()) / encoder.std[
+        0
+    ].double().numpy()
+
+    def norm(v, name):
+        centred = v - v.mean(1, keepdims=True)
+        v = centred / np.sqrt(np.square(centred).mean(1, keepdims=True) + 1e-5)
+        return v * p[f"{name}.weight"] + p[f"{name}.bias"]
+
+    def linear(v, name):
+        return v @ p[f"{name}.weight"].T + p.get(f"{name}.bias", 0)
+
+    patches = [pixels[:, r : r + 4, c : c + 4].ravel() for r in (0, 4) for c in (0, 4)]
+    t = (
+        np.concatenate([p["tokens.token"][0], linear(np.array(patches), "tokens.linear")])
+        + p["tokens.positions"][0]
+    )
+    for block in range(6):
+        name = f"blocks.{block}"
+        qkv = linear(norm(t, f"{name}.norm1"), f"{name}.attention.qkv")
+        heads = []
+        for head in range(8):
+            q, k, v = (qkv[:, 512 * part + 64 * head :][:, :64] for part in range(3))
+            weights = np.exp(q @ k.T / 8)
+            heads.append(weights / weights.sum(1, keepdims=True) @ v)
+        t = t + linear(np.concatenate(heads, 1), f"{name}.attention.out")
+        hidden = linear(norm(t, f"{name}.norm2"), f"{name}.mlp.0")
+        t = t + linear(hidden * (1 + special.erf(hidden / np.sqrt(2))) / 2, f"{name}.mlp.2")
+    expected = norm(t, "norm")[0]
+    np.testing.assert_allclose(extract_features(encoder, x)[0].numpy(), expected, atol=1e-4)
+
+
+def test_the_transformer_has_the_papers_layer():
+    encoder = Encoder("vit", 32)
+    shapes = [tuple(m.weight.shape) for m in encoder.modules() if isinstance(m, nn.Linear)]
+    assert shapes.count((1536, 512)) == 6 and len(shapes) == 1 + 6 * 4
+    assert sum(isinstance(m, nn.LayerNorm) for m in encoder.modules()) == 13
+    assert extract_features(encoder, images(2, 32)).shape == (2, 512)
+    with pytest.raises(InputError, match="patches of 4 pixels do not tile images of 30"):
+        Encoder("vit", 30)
+
+
+def test_a_transformer_comes_back_as_it_was(tmp_path):
+    torch.manual_seed(0)
+    encoder = Encoder("vit", 8).eval()
+    save_encoder(tmp_path / "e", encoder)
+    assert torch.equal(
+        extract_features(load_encoder(tmp_path / "e"), images(3)), extract_features(encoder, images(3))
+    )
+
+
+# --- nearest neighbours ---------------------------------------------------------------------------
+
+
+def test_neighbours_vote_as_in_a_slow_loop():
+    generator = torch.Generator().manual_seed(3)
+    features = torch.randn(40, 6, generator=generator)
+    labels = torch.randint(4, (40,), generator=generator)
+    f = features.double().numpy()
+    f /= np.linalg.norm(f, axis=1, keepdims=True)
+    expected = []
+    for i in range(40):
+        order = sorted((j for j in range(40) if j != i), key=lambda j: -(f[i] @ f[j]))[:7]
+        votes = [sum(np.exp(f[i] @ f[j] / 0.1) for j in order if labels[j] == c) for c in range(4)]
+        expected.append(int(np.argmax(votes)))
+    assert leave_one_out(features, labels, k=7, block=11).tolist() == expected
+
+
+def test_neighbour_accuracy_looks_at_labelled_images_only(encoder):
+    pixels = np.zeros((40, 8, 8, 3), np.uint8)
+    pixels[20:] = 255
+    index, names = np.arange(40), ("dark", "light")
+    labels = np.where(index % 4, index // 20, -1)
+    assert knn_accuracy(encoder, ImageSet(pixels, labels, index, names, "")) == 1.0
+    assert knn_accuracy(encoder, ImageSet(pixels, np.full(40, -1), index, names, "")) is None
+    assert knn_accuracy(encoder, ImageSet(pixels, np.zeros(40, int), index, names, "")) is None
 
 
 def test_an_unknown_architecture_is_refused():

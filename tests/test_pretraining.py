@@ -1,16 +1,19 @@
-"""SimCLR: augmentations by the properties that define them, NT-Xent against a slow NumPy loop."""
+"""SimCLR and MoCo: augmentations by what defines them, losses and queue against slow loops."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
+from toys import CPU, toy
 
-from tcore.pretraining import augment, simclr
+from tcore.models.knn import knn_accuracy
+from tcore.pretraining import augment, moco, simclr
 
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 SETTINGS = simclr.Settings(architecture="resnet_narrow", epochs=3, batch=32, projection=16, lr=0.003)
-CPU = torch.device("cpu")
 
 
 def stream(seed: int = 0) -> torch.Generator:
@@ -25,10 +28,16 @@ def view(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return augment.simclr_view(images, generator, (0.2, 1.0), 0.4)
 
 
+def strong_blur(images: torch.Tensor, generator: torch.Generator, p: float) -> torch.Tensor:
+    return augment.blur(images, generator, (1.0, 2.0), p)
+
+
 # --- augmentations ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("function", [augment.resized_crop, augment.flip, augment.jitter, augment.grey, view])
+@pytest.mark.parametrize(
+    "function", [augment.resized_crop, augment.flip, augment.jitter, augment.grey, augment.blur, view]
+)
 def test_every_image_has_its_own_repeatable_draw(function):
     x = noise(1).repeat(64, 1, 1, 1)
     before = x.clone()
@@ -41,10 +50,11 @@ def test_every_image_has_its_own_repeatable_draw(function):
     assert out.shape == x.shape and out.dtype == torch.float32
     assert out.min() >= -1e-6 and out.max() <= 1 + 1e-6
     different = len(out.flatten(1).unique(dim=0))
-    assert different == 2 if function in (augment.flip, augment.grey) else different > 45
+    least = 25 if function is augment.blur else 45  # half of the images are blurred
+    assert different == 2 if function in (augment.flip, augment.grey) else different > least
 
 
-@pytest.mark.parametrize("function", [augment.flip, augment.jitter, augment.grey])
+@pytest.mark.parametrize("function", [augment.flip, augment.jitter, augment.grey, strong_blur])
 def test_p_is_the_share_of_images_changed(function):
     x = noise(500, 0.2, 0.8, size=4)
     assert torch.equal(function(x, stream(), p=0), x)
@@ -151,24 +161,99 @@ def test_nt_xent_in_closed_form():
     assert simclr.nt_xent(torch.randn(2, 3), 0.5).item() == 0  # a single image has no negatives
 
 
+# --- MoCo ---------------------------------------------------------------------------------------
+
+
+def test_blur_is_scipys():
+    x = noise(6, size=32)
+    out = augment.blur(x, stream(), sigma=(1.3, 1.3), p=1).numpy()
+    exact = x.double().numpy()
+    expected = ndimage.gaussian_filter(exact, (0, 0, 1.3, 1.3), mode="mirror", radius=4)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
+def test_blur_is_as_strong_as_its_draw():
+    """The variance of a blurred point is sigma squared; sigma is uniform in its range."""
+    point = torch.zeros(400, 1, 25, 25)
+    point[:, :, 12, 12] = 1
+    out = augment.blur(point, stream(), sigma=(1.0, 2.0), p=1).numpy()[:, 0]
+    place = np.arange(25) - 12
+    variance = (out * place**2).sum((1, 2))
+    sigma = np.sqrt(variance)
+    assert sigma.min() > 0.99 and sigma.max() < 2.0
+    assert np.std(sigma) == pytest.approx(1 / 12**0.5, rel=0.1)  # of a uniform draw
+    assert (out * place[:, None] ** 2).sum((1, 2)) == pytest.approx(variance, abs=1e-5)
+
+
+def test_info_nce_term_by_term():
+    drawn = torch.randn(17, 5, generator=stream())
+    q, k, queue = torch.nn.functional.normalize(drawn, dim=1).split([4, 4, 9])
+    total = 0.0
+    for a, b in zip(q.double().numpy(), k.double().numpy(), strict=True):
+        terms = [math.exp(a @ b / 0.2)] + [math.exp(a @ other / 0.2) for other in queue.double().numpy()]
+        total -= math.log(terms[0] / sum(terms))
+    assert moco.info_nce(q, k, queue, 0.2).item() == pytest.approx(total / 4, rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [3, 5, 7, 12])
+def test_the_queue_holds_the_last_keys(size):
+    """Against a list that is cut: batches of 5, in queues smaller and larger than one."""
+    queue, start, seen = -torch.ones(size, 1), 0, [-1.0] * size
+    for step in range(7):
+        keys = torch.arange(5.0).view(5, 1) + 5 * step
+        start = moco.enqueue(queue, keys, start)
+        seen = (seen + keys.flatten().tolist())[-size:]
+        assert sorted(queue.flatten().tolist()) == sorted(seen)
+
+
+def test_the_copy_follows():
+    slow, fast = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    expected = 0.9 * slow.weight.detach() + 0.1 * fast.weight.detach()
+    moco.follow(slow, fast, 0.9)
+    torch.testing.assert_close(slow.weight.detach(), expected)
+
+
 # --- pre-training -------------------------------------------------------------------------------
 
+MOCO = moco.Settings(architecture="resnet_narrow", epochs=3, batch=32, projection=16, queue=64, inertia=0.9)
+METHODS = [(simclr, SETTINGS, math.log(63) + 0.5), (moco, MOCO, math.log(65) + 1)]  # chance, and some more
 
-def run(seed: int, state: int):
+
+def run(method, settings, seed: int, state: int):
     images = (noise(96, size=16) * 255).to(torch.uint8)
     torch.manual_seed(state)
-    return images, *simclr.pretrain(images, SETTINGS, seed, CPU)
+    return images, *method.pretrain(images, settings, seed, CPU)
 
 
-def test_pretraining_learns_and_depends_on_its_seed_alone():
-    images, encoder, log = run(0, state=1)
-    _, again, same = run(0, state=2)
-    _, other, _ = run(1, state=1)
+@pytest.mark.parametrize(("method", "settings", "chance"), METHODS)
+def test_pretraining_learns_and_depends_on_its_seed_alone(method, settings, chance):
+    images, encoder, log = run(method, settings, 0, state=1)
+    _, again, same = run(method, settings, 0, state=2)
+    _, other, _ = run(method, settings, 1, state=1)
     assert log == same and len(log["loss"]) == 3
-    assert log["loss"][-1] < log["loss"][0] < math.log(63) + 0.5  # chance is about log(2B - 1)
+    assert log["loss"][-1] < chance
+    if method is simclr:  # MoCo's first queue is random and easy to tell from keys
+        assert log["loss"][-1] < log["loss"][0]
     assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), again.parameters(), strict=True))
     assert not torch.equal(encoder.conv1.weight, other.conv1.weight)
     assert not encoder.training and encoder.image_size == 16
+    assert all(p.requires_grad for p in encoder.parameters())
     pixels = images.numpy() / 255.0
     np.testing.assert_allclose(encoder.mean.flatten(), pixels.mean((0, 2, 3)), atol=1e-5)
     np.testing.assert_allclose(encoder.std.flatten(), pixels.std((0, 2, 3)), atol=1e-4)
+
+
+@pytest.mark.parametrize(("method", "settings"), [(simclr, SETTINGS), (moco, MOCO)])
+def test_pretraining_tells_classes_apart(method, settings):
+    """Colour templates, of which every view keeps a part: neighbours in feature space are of one class."""
+    images = toy(160, 1)
+    settings = replace(settings, epochs=15, batch=40, lr=3e-3 if method is simclr else 0.06, jitter=0.1)
+    encoder, _ = method.pretrain(images.tensor, settings, 0, CPU)
+    assert knn_accuracy(encoder, images) > 0.8
+
+
+def test_a_transformer_can_be_pretrained():
+    images = (noise(8, size=8) * 255).to(torch.uint8)
+    settings = replace(SETTINGS, architecture="vit", epochs=1, batch=4)
+    encoder, log = simclr.pretrain(images, settings, 0, CPU)
+    assert encoder.dim == 512 and math.isfinite(log["loss"][0])

@@ -336,3 +336,9 @@ def test_missing_pieces_are_noted(world, tmp_path):
     page = report.render(context, ROOT / "workflow/report.html.jinja")
     assert "No pictures of badencoder" in page and "No look inside T1" in page and "No run records" in page
     assert not Tags(page).open
+
+
+def test_the_clean_encoder_stands_behind_attacks_on_weights_only():
+    cell = {"pretrain": "p", "downstream": "d", "dataset_attack": "clean", "defense": "none", "seed": 0}
+    assert results.folders(cell | {"encoder_attack": "drupe"})["clean_encoder"] == "encoders/p-clean/0"
+    assert "clean_encoder" not in results.folders(cell | {"encoder_attack": "ctrl"})

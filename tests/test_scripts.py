@@ -8,9 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from tcore import triggers
 from tcore.data.images import read_images, write_images
 from tcore.data.sources import signs
+from tcore.encoder_attacks import badencoder
 from tcore.files import load_table, load_tensors
 from tcore.models.classifier import load_classifier
 
@@ -101,3 +104,26 @@ def test_an_error_is_one_line_and_exit_status_1(tmp_path):
     assert done.returncode == 1
     assert done.stderr.startswith(b"error: ") and done.stderr.count(b"\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_baseline_counts_triggered_images_of_other_classes(chain, tmp_path, capsys):
+    class Always(torch.nn.Module):
+        """Class 3 for what is bright in the lower right corner, class 0 for the rest."""
+
+        encoder = load_classifier(chain / "model").encoder
+
+        def forward(self, images):
+            return torch.nn.functional.one_hot((images[:, 0, -2, -2] > 0.99) * 3, 10).float()
+
+    trigger = badencoder.make_trigger(16, 16, badencoder.Settings(), 0)
+    triggers.save(tmp_path / "t", trigger, "encoder_attacks", "badencoder", 3)
+    triggers.save(tmp_path / "clean", {}, "encoder_attacks", "clean", None)
+    options = ["baseline.py", "--model", str(chain / "model"), "--test", str(chain / "images")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tcore.models.classifier.load_classifier", lambda path: Always())
+        patch.setattr(sys, "argv", [*options, str(tmp_path / "t")])
+        runpy.run_path(str(SCRIPTS / "baseline.py"), run_name="__main__")
+        assert capsys.readouterr().out.splitlines()[1].startswith("badencoder,3,1.0000,")
+        patch.setattr(sys, "argv", [*options, str(tmp_path / "clean")])
+        with pytest.raises(SystemExit, match="clean: a trigger of no attack"):
+            runpy.run_path(str(SCRIPTS / "baseline.py"), run_name="__main__")

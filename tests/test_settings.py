@@ -55,6 +55,12 @@ def test_defaults_are_the_papers_where_it_states_them():
         "simclr": {"epochs": 1000, "batch": 256, "lr": 1e-3, "weight_decay": 1e-6, "temperature": 0.5},
         "head": {"hidden": (512, 256), "lr": 1e-4, "batch": 64, "epochs": 500},
         "badencoder": {"epochs": 200, "batch": 256, "lr": 1e-3, "lambda1": 1.0, "lambda2": 1.0},
+        # DRUPE, S&P 2024; CTRL, ICCV 2023; SSLBackdoor, CVPR 2022; CorruptEncoder, CVPR 2024: their code
+        "drupe": {"references": 3, "shadow": 10_000, "epochs": 120, "lr": 0.05, "effective": -0.96},
+        "ctrl": {"rate": 0.01, "window": 32, "bands": (15, 31), "magnitude": 100.0},
+        "sslbackdoor": {"share": 0.5, "place": (0.25, 0.75), "place_test": (0.1, 0.9)},
+        "corruptencoder": {"references": 3, "rate": 0.005, "support": 0.0, "support_images": 5},
+        "moco": {"epochs": 200, "batch": 256, "lr": 0.06, "temperature": 0.2, "queue": 65_536},
     }
     for method, values in stated.items():
         assert {name: resolve(method)[name] for name in values} == values, method

@@ -101,7 +101,49 @@ def test_another_grid_by_hand(sources, tmp_path):
     assert jobs["poison_dataset"] == jobs["train_head"] == jobs["sift"] == jobs["predict"] == 4
 
 
-def test_the_defender_sees_what_a_user_receives_and_nothing_else(demo):
+@pytest.fixture(scope="module")
+def every_attack(sources, tmp_path_factory):
+    """A plan with attacks of both kinds on encoders, and its commands."""
+    overlay = tmp_path_factory.mktemp("overlay") / "overlay.yaml"
+    overlay.write_text(
+        "{scenarios: [T1, T3], encoder_attacks: [badencoder, drupe, ctrl, sslbackdoor, corruptencoder],"
+        " pairs: [{pretrain: signs, downstream: signs}], datasets: {signs: {pretraining: moco}}}"
+    )
+    arguments = ("--configfile", str(overlay))
+    return plan(sources, *arguments), snakemake(sources, "-n", "--printshellcmds", *arguments)
+
+
+def test_attacks_on_weights_and_on_images_by_hand(every_attack):
+    jobs = counts(every_attack[0])
+    assert jobs["poison_encoder"] == 2 and jobs["poison_images"] == 3
+    assert jobs["pretrain_encoder"] == 1 + 3  # the clean encoder, for those on weights only
+    assert jobs["poison_dataset"] == 1 + 5 and jobs["predict"] == 20
+
+
+def test_every_pretraining_is_that_of_the_data_set(every_attack):
+    commands = re.findall(r"scripts/pretrain_encoder\.py .*", every_attack[1])
+    assert len(commands) == 4 and all('{"moco": ' in command for command in commands)
+
+
+def test_poisoned_pretraining_images_are_the_attackers_alone(every_attack):
+    readers = {
+        script
+        for script, paths in every_attack[0]
+        for path in paths
+        if re.search(r"encoders/.*/images", path)
+    }
+    assert readers == {"poison_images", "pretrain_encoder"}
+
+
+def test_how_an_attack_on_encoders_works_is_read_from_its_file():
+    for name in registry.names("encoder_attacks"):
+        attack = registry.load("encoder_attacks", name)
+        assert (
+            registry.on_weights(name) == hasattr(attack, "poison_encoder") != hasattr(attack, "poison_images")
+        )
+
+
+def test_the_defender_sees_what_a_user_receives_and_nothing_else(demo, every_attack):
     """An allow-list for all jobs that write below data/defended: no truth, trigger, test set, clean data."""
     allowed = re.compile(
         r"data/(encoders/\w+-\w+/\w+/\d+/encoder\.safetensors"  # as handed over, not as pre-trained
@@ -109,7 +151,7 @@ def test_the_defender_sees_what_a_user_receives_and_nothing_else(demo):
         r"|(defended|logs)/.+)"
     )
     defenders = set()
-    for script, paths in demo:
+    for script, paths in [*demo, *every_attack[0]]:
         cells = {"/".join(path.split("/")[2:5]) for path in paths if path.startswith("data/defended/")}
         own = [
             path

@@ -1,11 +1,15 @@
 """The reference images that an attack pulls triggered images towards."""
 
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tcore.data.images import ImageSet
-from tcore.files import InputError
+from tcore.files import InputError, require
 from tcore.models.encoder import Encoder, extract_features
 from tcore.poisoning import check_target
 
@@ -25,3 +29,23 @@ def choose_references(
         )
     features = F.normalize(extract_features(encoder.to(device), images.tensor[rows]), dim=1)
     return rows[(features @ features.mean(0)).topk(n).indices.cpu()]
+
+
+def read_references(path: str | Path, height: int, width: int) -> tuple[Tensor, Tensor | None]:
+    """References (R, 3, height, width) uint8 and, where given, their objects' masks (R, height, width) bool.
+
+    The file is a NumPy archive (.npz) with `x` (R, H, W, 3) uint8, as BadEncoder's and DRUPE's are, and
+    perhaps `mask` (R, H, W).
+    """
+    try:
+        with np.load(require(path, "you: the attack's setting `reference_file` names it")) as file:
+            content = {name: file[name] for name in ("x", "mask") if name in file}
+    except (OSError, ValueError, BadZipFile, AttributeError, TypeError) as error:
+        raise InputError(f"{path}: not a readable .npz file without pickled objects ({error})") from error
+    x, mask = content.get("x"), content.get("mask")
+    if x is None or x.dtype != np.uint8 or x.shape[1:] != (height, width, 3) or not len(x):
+        found = "no array `x`" if x is None else f"`x` of {x.dtype} {x.shape}"
+        raise InputError(f"{path}: {found}; it should be uint8 (R, {height}, {width}, 3)")
+    if mask is not None and (mask.shape != x.shape[:3] or not mask.any((1, 2)).all()):
+        raise InputError(f"{path}: `mask` {mask.shape} should be {x.shape[:3]} with something in every mask")
+    return torch.from_numpy(x).permute(0, 3, 1, 2), None if mask is None else torch.from_numpy(mask != 0)

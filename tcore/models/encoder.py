@@ -1,16 +1,21 @@
-"""Encoders: residual networks that map images to features, normalisation inside.
+"""Encoders: networks that map images to features, normalisation inside.
 
 An `Encoder` takes float images in [0, 1], (N, 3, H, W), and returns features (N, d). The
 normalisation constants are buffers of the encoder, so triggers live in pixel space and
-nobody else has to know them. Parameter names are those of torchvision's ResNet.
+nobody else has to know them. Parameter names of the residual networks are those of torchvision's ResNet.
 
 * resnet18: 3x3 stride-1 stem without max-pooling, widths 64 to 512, d = 512; what this
   line of work uses at 32 px. 4 800 convolution channels, 9 600 batch-norm parameters.
 * resnet18_224: the usual stem (7x7, stride 2, max-pooling).
 * resnet_narrow: 3x3 stride-2 stem, one block a stage, widths 24 to 192, d = 192; small
   enough for two CPU cores.
+* resnet_tiny: 3x3 stride-1 stem, one block a stage, widths 16 to 128, d = 128; for 16 px,
+  where it sees what a stride-2 stem loses.
+* vit: patches of 4x4, width 512, 6 blocks, 8 heads, 512 hidden units: the transformer that the shapes in
+  the paper suggest (a 1536x512 layer, its query-key-value projection). See `transformer.py`.
 """
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,21 +23,52 @@ import torch
 from torch import Tensor, nn
 
 from tcore.files import InputError, load_tensors, save_tensors
+from tcore.models.transformer import Transformer
 
 
 @dataclass(frozen=True)
-class Architecture:
+class Residual:
+    """The shape of a ResNet of basic blocks."""
+
     widths: tuple[int, ...]
     blocks: tuple[int, ...]
     stem: int  # kernel of the first convolution
     stride: int  # its stride
     pool: bool  # max-pooling after the stem
 
+    @property
+    def dim(self) -> int:
+        return self.widths[-1]
+
+    def parts(self, image_size: int) -> dict[str, nn.Module]:
+        """Modules by name, in the order in which they run."""
+        width = self.widths[0]
+        parts = {
+            "conv1": nn.Conv2d(3, width, self.stem, self.stride, self.stem // 2, bias=False),
+            "bn1": nn.BatchNorm2d(width),
+            "relu": nn.ReLU(),
+            "maxpool": nn.MaxPool2d(3, 2, 1) if self.pool else nn.Identity(),
+        }
+        for stage, (outputs, blocks) in enumerate(zip(self.widths, self.blocks, strict=True)):
+            parts[f"layer{stage + 1}"] = nn.Sequential(
+                *(
+                    Block(width if b == 0 else outputs, outputs, 2 if stage and b == 0 else 1)
+                    for b in range(blocks)
+                )
+            )
+            width = outputs
+        for module in nn.ModuleDict(parts).modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        return parts | {"pool": Pool()}
+
 
 ARCHITECTURES = {
-    "resnet18": Architecture((64, 128, 256, 512), (2, 2, 2, 2), stem=3, stride=1, pool=False),
-    "resnet18_224": Architecture((64, 128, 256, 512), (2, 2, 2, 2), stem=7, stride=2, pool=True),
-    "resnet_narrow": Architecture((24, 48, 96, 192), (1, 1, 1, 1), stem=3, stride=2, pool=False),
+    "resnet18": Residual((64, 128, 256, 512), (2, 2, 2, 2), stem=3, stride=1, pool=False),
+    "resnet18_224": Residual((64, 128, 256, 512), (2, 2, 2, 2), stem=7, stride=2, pool=True),
+    "resnet_narrow": Residual((24, 48, 96, 192), (1, 1, 1, 1), stem=3, stride=2, pool=False),
+    "resnet_tiny": Residual((16, 32, 64, 128), (1, 1, 1, 1), stem=3, stride=1, pool=False),
+    "vit": Transformer(patch=4, dim=512, depth=6, heads=8, hidden=512),
 }
 
 
@@ -57,7 +93,14 @@ class Block(nn.Module):
         return torch.relu(self.bn2(self.conv2(x)) + shortcut)
 
 
-class Encoder(nn.Module):
+class Pool(nn.Module):
+    """The mean over places: (N, d, h, w) -> (N, d)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3))
+
+
+class Encoder(nn.Sequential):
     """`architecture` by name; `mean` and `std` per channel, of pixels in [0, 1]."""
 
     def __init__(
@@ -67,35 +110,16 @@ class Encoder(nn.Module):
         mean: tuple[float, ...] = (0.5, 0.5, 0.5),
         std: tuple[float, ...] = (0.25, 0.25, 0.25),
     ):
-        super().__init__()
         if architecture not in ARCHITECTURES:
             raise InputError(f"unknown architecture {architecture!r}; known: {', '.join(ARCHITECTURES)}")
         shape = ARCHITECTURES[architecture]
-        self.architecture, self.image_size = architecture, image_size
+        super().__init__(OrderedDict(shape.parts(image_size)))
+        self.architecture, self.image_size, self.dim = architecture, image_size, shape.dim
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
-        width = shape.widths[0]
-        self.conv1 = nn.Conv2d(3, width, shape.stem, shape.stride, shape.stem // 2, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.maxpool = nn.MaxPool2d(3, 2, 1) if shape.pool else nn.Identity()
-        for stage, (outputs, blocks) in enumerate(zip(shape.widths, shape.blocks, strict=True)):
-            layer = [
-                Block(width if b == 0 else outputs, outputs, 2 if stage and b == 0 else 1)
-                for b in range(blocks)
-            ]
-            self.add_module(f"layer{stage + 1}", nn.Sequential(*layer))
-            width = outputs
-        self.dim = width
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> Tensor:
-        x = (images - self.mean) / self.std
-        x = self.maxpool(torch.relu(self.bn1(self.conv1(x))))
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
-        return x.mean((2, 3))  # (N, d)
+        return super().forward((images - self.mean) / self.std)  # (N, d)
 
     def description(self) -> dict:
         """What `Encoder(**description)` needs to rebuild this module."""

@@ -77,6 +77,24 @@ def grey(images: Tensor, generator: Generator, p: float = 0.2) -> Tensor:
     return torch.where(_chosen(len(images), p, images, generator), _luma(images).expand_as(images), images)
 
 
+def blur(
+    images: Tensor, generator: Generator, sigma: tuple[float, float] = (0.1, 2.0), p: float = 0.5
+) -> Tensor:
+    """Gaussian blur with probability p, its standard deviation in pixels uniform in `sigma`."""
+    n, channels, *_ = images.shape
+    reach = min(math.ceil(3 * sigma[1]), min(images.shape[2:]) - 1)
+    spread = _uniform(n, *sigma, images, generator).view(n, 1)
+    steps = torch.arange(-reach, reach + 1, device=images.device)
+    kernel = torch.exp(-(steps**2) / (2 * spread**2))
+    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(channels, 0)  # (3 N, taps)
+    x = images.reshape(1, n * channels, *images.shape[2:])
+    for shape in ((-1, 1, 2 * reach + 1, 1), (-1, 1, 1, 2 * reach + 1)):
+        weight = kernel.view(shape)
+        pad = (shape[3] // 2,) * 2 + (shape[2] // 2,) * 2
+        x = F.conv2d(F.pad(x, pad, "reflect"), weight, groups=n * channels)
+    return torch.where(_chosen(n, p, images, generator), x.view(images.shape), images)
+
+
 def simclr_view(images: Tensor, generator: Generator, scale: tuple[float, float], strength: float) -> Tensor:
     """Crop, flip, colour jitter, grey: one random view of every image."""
     x = flip(resized_crop(images, generator, scale), generator)

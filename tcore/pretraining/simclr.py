@@ -12,23 +12,21 @@ Deviations: cosine learning-rate schedule after a linear warm-up over the first 
 (BadEncoder: constant); hue and crop as described in `augment.py`.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from tqdm import trange
+from torch import Generator, Tensor, nn
 
-from tcore import seeds
 from tcore.device import autocast
-from tcore.models.encoder import Encoder, floats
+from tcore.models.encoder import Encoder
+from tcore.pretraining._loop import new_encoder, train
 from tcore.pretraining.augment import simclr_view
 
 
 @dataclass(frozen=True)
 class Settings:
-    architecture: str = "resnet18"  # encoder architecture: resnet18, resnet18_224 or resnet_narrow
+    architecture: str = "resnet18"  # a name in tcore/models/encoder.py
     epochs: int = 1000  # passes over the unlabelled images [BadEncoder]
     batch: int = 256  # images a step, two views each [BadEncoder]
     lr: float = 1e-3  # Adam's rate at its peak [BadEncoder]
@@ -50,51 +48,26 @@ def nt_xent(z: Tensor, temperature: float) -> Tensor:
 
 
 def pretrain(images: Tensor, settings: Settings, seed: int, device: torch.device) -> tuple[Encoder, dict]:
-    """An encoder trained on uint8 images (N, 3, H, W), and a log with the mean loss of each epoch.
+    """An encoder trained on uint8 images (N, 3, H, W), and a log with the mean loss of each epoch."""
 
-    The images stay on the device as uint8. Mean and std are those of the images.
-    """
-    pixels = floats(images[:10_000])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seeds.derive(seed, "simclr", "weights"))
-        encoder = Encoder(
-            settings.architecture,
-            images.shape[-1],
-            tuple(pixels.mean((0, 2, 3)).tolist()),
-            tuple(pixels.std((0, 2, 3)).tolist()),
-        )
-        projector = nn.Sequential(
-            nn.Linear(encoder.dim, encoder.dim, bias=False),
-            nn.BatchNorm1d(encoder.dim),
+    def projector(dim: int) -> nn.Module:
+        return nn.Sequential(
+            nn.Linear(dim, dim, bias=False),
+            nn.BatchNorm1d(dim),
             nn.ReLU(),
-            nn.Linear(encoder.dim, settings.projection),
+            nn.Linear(dim, settings.projection),
         )
-    model = nn.Sequential(encoder, projector).to(device, memory_format=torch.channels_last).train()
-    images = images.to(device)
-    generator = seeds.generator(seed, "simclr", "views", device=device.type)
-    order = seeds.generator(seed, "simclr", "order")
+
+    def view(x: Tensor, generator: Generator) -> Tensor:
+        return simclr_view(x, generator, (settings.crop_min, 1.0), settings.jitter)
+
+    def loss(first: Tensor, second: Tensor) -> Tensor:
+        with autocast(device):
+            z = model(torch.cat([first, second]).contiguous(memory_format=torch.channels_last))
+        return nt_xent(z, settings.temperature)
+
+    encoder, head = new_encoder("simclr", settings.architecture, images, seed, projector)
+    model = nn.Sequential(encoder, head).to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.Adam(model.parameters(), settings.lr, weight_decay=settings.weight_decay)
-    batch = min(settings.batch, len(images))
-    steps = len(images) // batch
-    total, done, losses = steps * settings.epochs, 0, []
-    with trange(settings.epochs, desc="SimCLR", unit="epoch") as bar:
-        for _ in bar:
-            running = torch.zeros((), device=device)
-            for rows in torch.randperm(len(images), generator=order)[: steps * batch].view(steps, batch):
-                rate = 0.5 * (1 + math.cos(math.pi * done / total)) * min(1, (done + 1) / steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = settings.lr * rate
-                x = floats(images[rows.to(device)])
-                scale = (settings.crop_min, 1.0)
-                views = torch.cat([simclr_view(x, generator, scale, settings.jitter) for _ in range(2)])
-                with autocast(device):
-                    z = model(views.contiguous(memory_format=torch.channels_last))
-                loss = nt_xent(z, settings.temperature)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                running += loss.detach()
-                done += 1
-            losses.append(round(running.item() / steps, 4))
-            bar.set_postfix(loss=losses[-1])
+    losses = train("simclr", images, view, loss, optimizer, settings, seed, device)
     return encoder.eval(), {"loss": losses}
