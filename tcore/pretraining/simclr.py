@@ -13,6 +13,7 @@ Deviations: cosine learning-rate schedule after a linear warm-up over the first 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -63,21 +64,40 @@ def pretrain(images: Tensor, settings: Settings, seed: int, device: torch.device
             tuple(pixels.mean((0, 2, 3)).tolist()),
             tuple(pixels.std((0, 2, 3)).tolist()),
         )
-        projector = nn.Sequential(
-            nn.Linear(encoder.dim, encoder.dim, bias=False),
-            nn.BatchNorm1d(encoder.dim),
-            nn.ReLU(),
-            nn.Linear(encoder.dim, settings.projection),
-        )
+        projector = new_projector(encoder.dim, settings.projection)
+    return encoder, train(encoder, projector, images.to(device), settings, seed)
+
+
+def new_projector(dim: int, width: int) -> nn.Module:
+    """The projection head: features (N, dim) -> (N, width)."""
+    return nn.Sequential(
+        nn.Linear(dim, dim, bias=False), nn.BatchNorm1d(dim), nn.ReLU(), nn.Linear(dim, width)
+    )
+
+
+def train(
+    encoder: Encoder,
+    projector: nn.Module,
+    images: Tensor,
+    settings: Settings,
+    seed: int,
+    *names: str,
+    penalty: Callable[[Tensor], Tensor] | None = None,
+) -> dict:
+    """Trains encoder and projector in place, on the images' device; eval mode after. The log of `pretrain`.
+
+    `names` are the random stream's. `penalty(views)` is added to the loss; it is called after the forward
+    pass on float views (2B, 3, H, W), of which i and i + B show one image.
+    """
+    device, names = images.device, names or ("simclr",)
     model = nn.Sequential(encoder, projector).to(device, memory_format=torch.channels_last).train()
-    images = images.to(device)
-    generator = seeds.generator(seed, "simclr", "views", device=device.type)
-    order = seeds.generator(seed, "simclr", "order")
+    generator = seeds.generator(seed, *names, "views", device=device.type)
+    order = seeds.generator(seed, *names, "order")
     optimizer = torch.optim.Adam(model.parameters(), settings.lr, weight_decay=settings.weight_decay)
     batch = min(settings.batch, len(images))
     steps = len(images) // batch
     total, done, losses = steps * settings.epochs, 0, []
-    with trange(settings.epochs, desc="SimCLR", unit="epoch") as bar:
+    with trange(settings.epochs, desc=" ".join(("SimCLR", *names[1:])), unit="epoch") as bar:
         for _ in bar:
             running = torch.zeros((), device=device)
             for rows in torch.randperm(len(images), generator=order)[: steps * batch].view(steps, batch):
@@ -90,6 +110,8 @@ def pretrain(images: Tensor, settings: Settings, seed: int, device: torch.device
                 with autocast(device):
                     z = model(views.contiguous(memory_format=torch.channels_last))
                 loss = nt_xent(z, settings.temperature)
+                if penalty is not None:
+                    loss = loss + penalty(views)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
@@ -97,4 +119,5 @@ def pretrain(images: Tensor, settings: Settings, seed: int, device: torch.device
                 done += 1
             losses.append(round(running.item() / steps, 4))
             bar.set_postfix(loss=losses[-1])
-    return encoder.eval(), {"loss": losses}
+    model.eval()
+    return {"loss": losses}
