@@ -14,9 +14,15 @@ What is trained is `received.part`: the head on cached features (frozen encoder)
 latter starts from the encoder received; the paper starts from random weights. Where poisons are not learnt
 first, as with a frozen clean encoder, clean samples are isolated and unlearning costs accuracy for nothing.
 
+Unlearning needs batch norm in training mode: a poison that is learnt well has no gradient, unless the
+statistics are those of a batch of poisons. Seen on 2,000 digits with a 6 pixel patch, a network from random
+weights, all 40 isolated samples poisons, the released code's rate: in 12 steps attack success fell from 1.00
+to 0.10 (accuracy 0.97 to 0.89); with stored statistics no rate changed anything. A head alone has no batch
+norm, so well-learnt poisons stay learnt.
+
 Deviations from the released code: four passes of unlearning are four (there, five of which the first only
-evaluates), without weight decay and with stored batch-norm statistics, which batches of poisons alone would
-move; gamma is a float (declared int there); no cutout.
+evaluates), without weight decay; gamma is a float (declared int there); no cutout; at least two
+samples are isolated, since batch norm cannot train on one.
 """
 
 from dataclasses import dataclass, replace
@@ -63,9 +69,9 @@ def kept(loss: Tensor, gamma: float, by: str) -> Tensor:
 
 
 def easiest(losses: Tensor, share: float) -> Tensor:
-    """The `share` of all samples with the smallest losses, (n,) bool; at least one."""
+    """The `share` of all samples with the smallest losses, (n,) bool; at least two."""
     chosen = torch.zeros(len(losses), dtype=torch.bool, device=losses.device)
-    chosen[losses.argsort(stable=True)[: max(1, int(share * len(losses) + 1e-9))]] = True
+    chosen[losses.argsort(stable=True)[: max(2, int(share * len(losses) + 1e-9))]] = True
     return chosen
 
 
@@ -99,6 +105,9 @@ def repair(received: Received, settings: Settings, seed: int) -> tuple[Classifie
                 out = network(x)
             value = F.cross_entropy(out.float(), y)
             training.descend(optimizer, loss(value), lr(progress))
+        if not value.isfinite():
+            rate = "unlearn_lr" if phase == "unlearn" else "lr"
+            raise InputError(f"abl.{rate} = {getattr(settings, rate)}: the loss diverged; lower it")
         log["loss"][phase] = round(value.item(), 4)
 
     with training.stream(received.device, seed, "abl", "dropout"):
@@ -113,7 +122,7 @@ def repair(received: Received, settings: Settings, seed: int) -> tuple[Classifie
             lambda loss: kept(loss, settings.gamma, settings.kept_by),
         )
         bad = isolated(network, received, settings.isolate)
-        network.train()
+        network.train()  # isolation has left it in eval mode
         train(
             "learn",
             ~bad,
@@ -122,7 +131,6 @@ def repair(received: Received, settings: Settings, seed: int) -> tuple[Classifie
             lambda progress: settings.lr * (1 if progress < 2 / 3 else 0.1),
             lambda loss: loss,
         )
-        network.eval()
         train(
             "unlearn",
             bad,

@@ -51,6 +51,12 @@ class Settings:
     flip: bool = True  # whether images are mirrored by chance [BackdoorBench: not for signs]
 
 
+def smoothed(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    """L: cross-entropy against 1 - s for the label and s / (C - 1) for each other class."""
+    classes = logits.shape[1]
+    return F.cross_entropy(logits, labels, label_smoothing=smoothing * classes / (classes - 1))
+
+
 def ascent(parameters: Sequence[Tensor], gradients: Sequence[Tensor], rho: float) -> list[Tensor]:
     """e of the formula, for each parameter."""
     scaled = [p.abs() * g for p, g in zip(parameters, gradients, strict=True)]
@@ -91,7 +97,6 @@ def repair(received: Received, settings: Settings, seed: int) -> tuple[Classifie
     optimizer = torch.optim.SGD(
         parameters, settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
     )
-    smoothing = settings.smoothing * received.classes / (received.classes - 1)  # torch's spreads over all C
     generator = seeds.generator(seed, "ft_sam", "order")
     trusted = (inputs[received.clean], received.labels[received.clean])
     steps = -(-len(trusted[1]) // settings.batch)
@@ -106,7 +111,7 @@ def repair(received: Received, settings: Settings, seed: int) -> tuple[Classifie
             group["lr"] = settings.lr * 0.5 * (1 + cos(pi * progress))
         losses.append(
             sharpness_aware_step(
-                lambda x=x, y=y: F.cross_entropy(network(x), y, label_smoothing=smoothing),
+                lambda x=x, y=y: smoothed(network(x), y, settings.smoothing),
                 parameters,
                 optimizer,
                 settings.rho,
