@@ -37,6 +37,7 @@ include: "rules/encoders.smk"
 include: "rules/poisoning.smk"
 include: "rules/user.smk"
 include: "rules/tcore.smk"
+include: "rules/defenses.smk"
 include: "rules/evaluation.smk"
 
 

@@ -14,6 +14,7 @@ except InputError as error:
 
 CELLS = grid.cells(experiment)
 CELLS_OF_TCORE = CELLS[CELLS["defense"] == "tcore"]
+CELLS_OF_BASELINES = CELLS[CELLS["defense"].isin(experiment["variants"])]
 
 
 wildcard_constraints:
@@ -143,6 +144,57 @@ def attacks_on(weights):
     return "|".join(name for name in names if registry.on_weights(name) == weights)
 
 
+# Baseline defences
+
+
+def of_kind(kind):
+    """The pattern of all baseline defences of one kind."""
+    names = CELLS_OF_BASELINES["defense"].unique()
+    return "|".join(name for name in names if experiment["variants"][name]["kind"] == kind) or "(?!)"
+
+
+def code_of_defense(wildcards):
+    return provenance.code("defend", f"defenses/{experiment['variants'][wildcards.defense]['defense']}")
+
+
+def settings_of_defense(wildcards):
+    variant = experiment["variants"][wildcards.defense]
+    return canonical(
+        {
+            "defense": variant["settings"],
+            "selection": variant["selection"],
+            "head": experiment["methods"]["head"],
+        }
+    )
+
+
+def trusted_samples(wildcards):
+    """The table of clean samples for a defence that needs some; they may be T-Core's own."""
+    trusted = experiment["variants"][wildcards.defense]["trusted"]
+    file = {
+        "granted": "{defense}/given/granted.parquet",
+        "seeds": "tcore/seeds.parquet",
+        "subset": "tcore/subset.parquet",
+    }.get(trusted and trusted["source"])
+    return expand(f"data/defended/{CELL}/{file}", **wildcards) if file else []
+
+
+def oracle(wildcards):
+    known = experiment["variants"][wildcards.defense]["oracle"]
+    return expand(f"data/defended/{CELL}/{{defense}}/given/oracle.json", **wildcards) if known else []
+
+
+def of_baseline(file, kind=None):
+    """A file that a baseline defence (of one kind) left behind; other defences leave none."""
+
+    def path(wildcards):
+        variant = experiment["variants"].get(wildcards.defense)
+        fits = variant and kind in (None, variant["kind"])
+        return expand(f"data/defended/{CELL}/{{defense}}/{file}", **wildcards) if fits else []
+
+    return path
+
+
 # Evaluation
 
 
@@ -182,6 +234,7 @@ def records(wildcards):
         found.update(expand(step.output.record, zip, **CELLS[chosen]))
     for step in (rules.sift, rules.expand, rules.filter_channels, rules.bootstrap):
         found.update(expand(step.output.record, zip, **CELLS_OF_TCORE))
+    found.update(expand(rules.defend.output.record, zip, **CELLS_OF_BASELINES))
     found.update(map(received("poison_dataset.run.json"), CELLS.to_dict("records")))
     found.update(
         expand(rules.prepare_dataset.output.record, dataset={*CELLS["pretrain"], *CELLS["downstream"]})

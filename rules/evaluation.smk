@@ -35,6 +35,8 @@ rule evaluate:
         subset=of_tcore("subset.parquet"),
         pool=of_tcore("pool.parquet"),
         channels=of_tcore("channels.safetensors"),
+        samples=of_baseline("samples.parquet", "detector"),
+        defended=of_baseline("defend.run.json"),
     output:
         metrics="data/results/<cell>/{defense}/metrics.parquet",
         record="data/results/<cell>/{defense}/evaluate.run.json",
@@ -43,7 +45,7 @@ rule evaluate:
     params:
         code=code("evaluate"),
         identity=identity,
-        optional=flags("seeds", "subset", "pool", "channels"),
+        optional=flags("seeds", "subset", "pool", "channels", "samples", "defended"),
     message:
         "The evaluator measures: {wildcards.encoder_attack}, {wildcards.dataset_attack},"
         " defence {wildcards.defense} (seed {wildcards.seed})"

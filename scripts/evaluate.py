@@ -1,11 +1,11 @@
-"""What a cell's predictions, and T-Core's choices on the way, are worth. Reads the truth."""
+"""What a cell's predictions, and what its defence said on the way, are worth. Reads the truth."""
 
 import argparse
 import json
 
 from tcore import results
 from tcore.cli import run
-from tcore.files import InputError, load_table, load_tensors, save_table
+from tcore.files import InputError, load_json, load_table, load_tensors, save_table
 from tcore.run import record
 
 
@@ -18,6 +18,8 @@ def main() -> None:
     stages = [
         parser.add_argument(f"--{name}", help="of T-Core") for name in ("seeds", "subset", "pool", "channels")
     ]
+    parser.add_argument("--samples", help="of a detector")
+    parser.add_argument("--defended", help="of a baseline defence: the record of its step")
     parser.add_argument(
         "--identity", type=json.loads, required=True, help=f"JSON with {', '.join(results.IDENTITY)}"
     )
@@ -29,6 +31,10 @@ def main() -> None:
         raise InputError(f"--{' --'.join(given)}: T-Core's four files go together; give all or none")
 
     with record(args.record, "evaluate", {}, args.identity.get("seed")):
+        reason = load_json(args.defended)["log"].get("not_applicable") if args.defended else None
+        if reason:
+            save_table(args.metrics, results.tidy(args.identity, [results.not_applicable(reason)]))
+            return
         predictions = results.need(
             load_table(args.predictions), ["label", "view", "prediction"], args.predictions
         )
@@ -46,6 +52,10 @@ def main() -> None:
             }
             tables = [results.need(load_table(path), needed, path) for path, needed in columns.items()]
             rows += results.stage_rows(*tables) + results.channel_rows(load_tensors(args.channels)[0])
+        if args.samples:
+            truth = results.need(load_table(args.truth), ["index", "is_poison", "is_cover"], args.truth)
+            samples = results.need(load_table(args.samples), list(results.SAMPLES), args.samples)
+            rows += results.detector_rows(truth, samples)
         save_table(args.metrics, results.tidy(args.identity, rows))
 
 

@@ -19,6 +19,9 @@ KEYS = (
 )
 OF_DATASET = ("settings", "encoder_target", "dataset_target", "attacks", "pretraining")  # beside its source
 BUILT_IN = ("none", "tcore")  # the defences that have rules of their own
+TRUSTED = {"source": "granted", "share": 0.1}  # what defences that need clean samples get
+TRUSTED_SOURCES = ("granted", "seeds", "subset", "none")
+SELECTION = registry.ROOT / "selection.py"
 IMPLIED = ("clean", "adaptive")  # attacks that a scenario brings with it
 
 
@@ -29,7 +32,10 @@ def validate(config: dict) -> dict:
     wrong type or contradictory. What only the data can tell, such as a target class beyond
     the last one, is left to the steps.
     """
-    _mapping("config", config, KEYS, optional=("methods",))
+    _mapping("config", config, KEYS, optional=("methods", "trusted", "variants"))
+    methods = _methods(config.get("methods") or {})
+    trusted = _trusted("trusted", config.get("trusted") or {}, TRUSTED)
+    variants = _variants(config.get("variants") or {}, methods, trusted)
     sets = _datasets(config["datasets"])
     encoder_attacks = [name for name in registry.names("encoder_attacks") if name not in IMPLIED]
     for position, pair in enumerate(_list("pairs", config["pairs"], dict)):
@@ -47,7 +53,7 @@ def validate(config: dict) -> dict:
         "scenarios": grid.SCENARIOS,
         "encoder_attacks": encoder_attacks,
         "dataset_attacks": [n for n in registry.names("dataset_attacks") if n not in IMPLIED],
-        "defenses": [*BUILT_IN, *registry.names("defenses")],
+        "defenses": [*BUILT_IN, *variants],
     }
     for key, known in choices.items():
         for name in _list(key, config[key], str):
@@ -55,7 +61,7 @@ def validate(config: dict) -> dict:
     _known("pretraining", config["pretraining"], registry.names("pretraining"))
     for name in {pair["downstream"] for pair in config["pairs"]}:
         _targets(name, sets[name], config["scenarios"])
-    return config | {"datasets": sets, "methods": _methods(config.get("methods") or {})}
+    return config | {"datasets": sets, "methods": methods, "trusted": trusted, "variants": variants}
 
 
 def _datasets(datasets: dict) -> dict:
@@ -93,6 +99,57 @@ def _methods(methods: dict) -> dict:
     known = [name for name in settings.methods() if name not in registry.names("data/sources")]
     _mapping("methods", methods, (), optional=known)
     return {name: _resolve(name, methods.get(name) or {}, "methods") for name in known}
+
+
+def _variants(given: dict, methods: dict, trusted: dict) -> dict:
+    """Every way to run a defence, by name: each as it is, and the configuration's variants of them."""
+    if not isinstance(given, dict):
+        raise InputError(f"config: variants should map names to defences, not {given!r}")
+    defenses = registry.names("defenses")
+    found = {name: {"defense": name} for name in defenses}
+    for name, variant in given.items():
+        where = f"variants.{name}"
+        if not re.fullmatch("[a-z0-9_]+", str(name)) or name in (*BUILT_IN, *defenses):
+            raise InputError(f"config: {where}: a name of a-z, 0-9 and _ that no defence has, please")
+        _mapping(where, variant, ("defense",), optional=("settings", "selection", "oracle", "trusted"))
+        _known(f"{where}.defense", variant["defense"], defenses)
+        found[name] = variant
+    return {name: _variant(f"variants.{name}", variant, methods, trusted) for name, variant in found.items()}
+
+
+def _variant(where: str, variant: dict, methods: dict, trusted: dict) -> dict:
+    defense, oracle = variant["defense"], variant.get("oracle", False)
+    declared = settings.constants(registry.path("defenses", defense))
+    if not isinstance(oracle, bool):
+        raise InputError(f"config: {where}.oracle = {oracle!r} should be true or false")
+    if oracle and not declared["ORACLE"]:
+        raise InputError(f"config: {where}.oracle: {defense} has no setting that an oracle knows")
+    if variant.get("selection") and declared["KIND"] != "detector":
+        raise InputError(f"config: {where}.selection: {defense} is no detector, it selects no samples")
+    overrides = methods.get(defense, {}) | (variant.get("settings") or {})
+    selection = settings.complete(SELECTION, variant.get("selection"), f"{where}.selection")
+    _known(f"{where}.selection.rule", selection["rule"], settings.constants(SELECTION)["RULES"])
+    return {
+        "defense": defense,
+        "kind": declared["KIND"],
+        "settings": _resolve(defense, overrides, where),
+        "selection": selection,
+        "oracle": declared["ORACLE"] if oracle else (),
+        "trusted": _trusted(f"{where}.trusted", variant.get("trusted") or {}, trusted)
+        if declared["CLEAN"]
+        else None,
+    }
+
+
+def _trusted(where: str, given: dict, default: dict) -> dict:
+    """Where clean samples come from and, if the scenario grants them, what share of each class."""
+    _mapping(where, given, (), optional=tuple(TRUSTED))
+    found = default | given
+    _known(f"{where}.source", found["source"], TRUSTED_SOURCES)
+    share = found["share"]
+    if not isinstance(share, int | float) or isinstance(share, bool) or not 0 < share < 1:
+        raise InputError(f"config: {where}.share = {share!r} should be between 0 and 1")
+    return found
 
 
 def _resolve(method: str, overrides: dict, where: str) -> dict:

@@ -105,6 +105,15 @@ def detection(flagged: np.ndarray, is_poison: np.ndarray) -> tuple[Share, Share]
     return share(flagged[is_poison]), share(flagged[~is_poison])
 
 
+def auroc(score: np.ndarray, is_poison: np.ndarray) -> float:
+    """Share of (poison, other) pairs in which the poison scores higher, ties half; NaN for an empty side."""
+    poisons, others = int(is_poison.sum()), int((~is_poison).sum())
+    if not poisons or not others:
+        return float("nan")
+    ranks = stats.rankdata(score)
+    return float((ranks[is_poison].sum() - poisons * (poisons + 1) / 2) / (poisons * others))
+
+
 def purity(selected: np.ndarray, is_poison: np.ndarray, is_cover: np.ndarray) -> dict[str, float]:
     """How many images a selection holds, and how many of them (and of all) are poisons."""
     size, poisons = int(selected.sum()), int((selected & is_poison).sum())

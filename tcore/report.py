@@ -60,7 +60,7 @@ def outcomes(table: pd.DataFrame) -> list[dict]:
         bare = group[group["defense"] == "none"]
         for position, (_, line) in enumerate(group.iterrows()):
             row = dict(zip(VICTIM, key, strict=True)) | {"defense": line["defense"], "n": line["n"]}
-            row |= {"first": len(group) if position == 0 else 0, "numbers": {}}
+            row |= {"first": len(group) if position == 0 else 0, "numbers": {}, "note": line["note"]}
             for metric in results.OUTCOMES:
                 mean, low, high = (line[f"{metric}_{part}"] for part in ("mean", "low", "high"))
                 before = bare[f"{metric}_mean"].iloc[0] if len(bare) else np.nan
@@ -93,6 +93,10 @@ def narrative(table: pd.DataFrame, rows: list[dict]) -> dict[str, list[str]]:
     found = []
     for defense in table["defense"].drop_duplicates().sort_values(key=lambda names: names != "none"):
         own = table[table["defense"] == defense]
+        own = own[own["note"] == ""]
+        if own.empty:
+            found.append(f"{title(defense)} could not be applied anywhere.")
+            continue
         with_it = "Without a defence" if defense == "none" else f"With {title(defense)}"
         sentence = f"{with_it}, accuracy on clean test images is {_span(own['acc_mean'])}"
         rates = own[[f"{metric}_mean" for metric in RATES]].stack().dropna()
@@ -126,6 +130,16 @@ def _failures(row: dict) -> list[str]:
 
 def title(defense: str) -> str:
     return {"none": "no defence", "tcore": "T-Core"}.get(defense, defense)
+
+
+def detections(found: pd.DataFrame) -> list[dict]:
+    """Per victim and detector, means over seeds: what it dropped, AUROC, the cleanest of each class."""
+    own = found[found["stage"].isin(["detect", "cleanest"])]
+    lines = []
+    for key, cell in own.groupby([*VICTIM, "defense"], sort=True):
+        value = cell.groupby("metric")["value"].mean()
+        lines.append(dict(zip([*VICTIM, "defense"], key, strict=True)) | value.to_dict())
+    return sorted(lines, key=lambda line: list(SCENARIOS).index(line["scenario"]))
 
 
 def charts(rows: list[dict]) -> dict[str, Markup]:
@@ -420,6 +434,7 @@ def build(found: pd.DataFrame, data: Path) -> dict:
         "text": narrative(overview, rows),
         "rows": rows,
         "charts": charts(rows),
+        "detections": detections(found),
         "gallery": gallery(data, victims[:DETAILED], notes),
         "details": [detail for detail in details if detail],
         "costs": costs(records),

@@ -1,7 +1,8 @@
 """The evaluator's tables: the tidy rows of one cell, and what all cells add up to.
 
 A row is one number: the cell's identity, then `stage`, `step` (null where a stage has no
-steps), `metric`, `value` and, for shares over images, their Wilson interval `low`, `high`.
+steps), `metric`, `value` and, for shares over images, their Wilson interval `low`, `high`. Where a
+defence cannot be applied, one row with metric `not_applicable` says why in `note`, null elsewhere.
 
 stage       step            metrics
 test        -               acc; per trigger t: asr_t, asr_t_all, robust_t, leak_t
@@ -10,6 +11,8 @@ sift        -               the same of the seeds
 expand      round           the same of the clean subset so far
 bootstrap   round           the same of the clean pool so far; without a round tpr and fpr of what it left out
 filter      convolution     channels, untrusted, mask_mean, mask_min (convolutions in name order, from 0)
+detect      -               tpr and fpr of what a detector dropped, auroc of its score; no trusted samples
+cleanest    -               size, poisons, ... of the CLEANEST of each class, by that score
 cost        -               seconds (sum), peak_ram_mb, peak_gpu_mb (maximum) of the defence's own steps
 
 asr_t_all asks for the target class and is missing where there is none (all-to-all). leak_t is there where the
@@ -33,6 +36,8 @@ from tcore.files import InputError
 IDENTITY = list(grid.COLUMNS)
 CELL = IDENTITY[:-1]  # without the seed
 NUMBERS = ["stage", "step", "metric", "value", "low", "high"]
+SAMPLES = ("index", "label", "score", "kept", "trusted")
+CLEANEST = 0.01  # share of each class that detectors are asked to call clean (the paper's sifting)
 OUTCOMES = ("acc", "asr_encoder", "asr_dataset")
 COSTS = {"seconds": "sum", "peak_ram_mb": "max", "peak_gpu_mb": "max"}
 
@@ -50,6 +55,10 @@ def _row(stage: str, step: int | None, metric: str, value, low=np.nan, high=np.n
 
 def _share(stage: str, metric: str, share: metrics.Share) -> dict:
     return _row(stage, None, metric, share.value, share.low, share.high)
+
+
+def not_applicable(reason: str) -> dict:
+    return _row("defense", None, "not_applicable", np.nan) | {"note": reason}
 
 
 def test_rows(predictions: pd.DataFrame, triggers: dict[str, dict], dataset_attack: str) -> list[dict]:
@@ -119,6 +128,30 @@ def stage_rows(
     return [*table, _share("bootstrap", "tpr", tpr), _share("bootstrap", "fpr", fpr)]
 
 
+def detector_rows(truth: pd.DataFrame, samples: pd.DataFrame) -> list[dict]:
+    """What a detector is worth, from `score`, `kept` and `trusted` of every sample and its label.
+
+    Samples that the defender was told are clean are no finding and count nowhere.
+    """
+    samples = _aligned(samples, truth, "samples")
+    judged = ~samples["trusted"].to_numpy(bool)
+    is_poison, is_cover = truth["is_poison"].to_numpy(bool), truth["is_cover"].to_numpy(bool)
+    score, labels = samples["score"].to_numpy(), samples["label"].to_numpy()
+    tpr, fpr = metrics.detection(~samples["kept"].to_numpy(bool)[judged], is_poison[judged])
+    clean = np.zeros(len(truth), bool)
+    for k in np.unique(labels[judged]):
+        rows = np.flatnonzero(judged & (labels == k))
+        best = np.argsort(score[rows], kind="stable")[: max(1, int(CLEANEST * len(rows)))]
+        clean[rows[best]] = True
+    found = metrics.purity(clean, is_poison, is_cover)
+    return [
+        _share("detect", "tpr", tpr),
+        _share("detect", "fpr", fpr),
+        _row("detect", None, "auroc", metrics.auroc(score[judged], is_poison[judged])),
+        *(_row("cleanest", None, metric, value) for metric, value in found.items()),
+    ]
+
+
 def layers(tensors: dict) -> list[str]:
     """The convolutions of a channels file, numbers in their names in numerical order."""
     names = [name.removeprefix("mask.") for name in tensors if name.startswith("mask.")]
@@ -145,7 +178,7 @@ def tidy(identity: dict, rows: list[dict]) -> pd.DataFrame:
     wrong = set(IDENTITY) ^ set(identity)
     if wrong:
         raise InputError(f"--identity: needs exactly {', '.join(IDENTITY)}; check {', '.join(sorted(wrong))}")
-    table = pd.DataFrame(rows, columns=NUMBERS).astype({"step": "Int64"})
+    table = pd.DataFrame(rows, columns=[*NUMBERS, "note"]).astype({"step": "Int64", "note": "str"})
     for position, column in enumerate(IDENTITY):
         table.insert(position, column, identity[column])
     return table
@@ -261,7 +294,9 @@ def overview(results: pd.DataFrame) -> pd.DataFrame:
                 mean = sd = low = high = np.nan
             line |= {f"{metric}_mean": mean, f"{metric}_sd": sd, f"{metric}_low": low, f"{metric}_high": high}
         cost = cell[cell["stage"] == "cost"].groupby("metric")["value"].mean()
-        lines.append(line | {metric: cost.get(metric, np.nan) for metric in COSTS})
+        line |= {metric: cost.get(metric, np.nan) for metric in COSTS}
+        notes = cell["note"].dropna() if "note" in cell else pd.Series(dtype=str)
+        lines.append(line | {"note": notes.iloc[0] if len(notes) else ""})
     rank = {"scenario": grid.SCENARIOS.index, "defense": lambda name: (name != "none", name)}
     order = ["scenario", *CELL[:4], "defense"]
     return pd.DataFrame(sorted(lines, key=lambda line: [rank.get(k, str)(line[k]) for k in order]))

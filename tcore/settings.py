@@ -9,6 +9,7 @@ importing the module keeps torch out of the process that plans the workflow.
 
 import ast
 import difflib
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -56,6 +57,19 @@ def fields(path: Path) -> dict[str, Field]:
 
 
 @cache
+def constants(path: Path) -> dict:
+    """The module constants (upper-case names with literal values) of a source file."""
+    found = {}
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name = node.targets[0].id
+            if name.isupper():
+                with suppress(ValueError):  # not a literal
+                    found[name] = ast.literal_eval(node.value)
+    return found
+
+
+@cache
 def methods() -> dict[str, Path]:
     """Every method that has settings, by name."""
     found = {name: registry.path(family, name) for family in FAMILIES for name in registry.names(family)}
@@ -80,16 +94,19 @@ def resolve(method: str, overrides: dict | None = None, where: str = "methods") 
 
     Raises InputError for an unknown key (naming the nearest) or a value of the wrong type.
     """
-    known = fields(methods()[method]) if method in methods() else {}
+    return complete(methods().get(method), overrides, f"{where}.{method}")
+
+
+def complete(path: Path | None, overrides: dict | None, where: str) -> dict:
+    """The same for the class `Settings` of any source file; `where` it stands in the configuration."""
+    known = fields(path) if path else {}
     for key, value in (overrides or {}).items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise InputError(
-                f"config: {where}.{method}.{key} is not a setting: {hint}known: {', '.join(known) or 'none'}"
+                f"config: {where}.{key} is not a setting: {hint}known: {', '.join(known) or 'none'}"
             )
         if not _fits(value, known[key].type):
-            raise InputError(
-                f"config: {where}.{method}.{key} = {value!r} should be of type {known[key].type}"
-            )
+            raise InputError(f"config: {where}.{key} = {value!r} should be of type {known[key].type}")
     return {name: field.default for name, field in known.items()} | (overrides or {})

@@ -12,6 +12,7 @@ Deviations: cosine learning-rate schedule after a linear warm-up over the first 
 (BadEncoder: constant); hue and crop as described in `augment.py`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,8 @@ from torch import Generator, Tensor, nn
 
 from tcore.device import autocast
 from tcore.models.encoder import Encoder
-from tcore.pretraining._loop import new_encoder, train
+from tcore.pretraining._loop import new_encoder
+from tcore.pretraining._loop import train as loop
 from tcore.pretraining.augment import simclr_view
 
 
@@ -47,27 +49,50 @@ def nt_xent(z: Tensor, temperature: float) -> Tensor:
     return F.cross_entropy(logits, partner)
 
 
+def new_projector(dim: int, width: int) -> nn.Module:
+    """The projection head: features (N, dim) -> (N, width)."""
+    return nn.Sequential(
+        nn.Linear(dim, dim, bias=False), nn.BatchNorm1d(dim), nn.ReLU(), nn.Linear(dim, width)
+    )
+
+
 def pretrain(images: Tensor, settings: Settings, seed: int, device: torch.device) -> tuple[Encoder, dict]:
     """An encoder trained on uint8 images (N, 3, H, W), and a log with the mean loss of each epoch."""
 
     def projector(dim: int) -> nn.Module:
-        return nn.Sequential(
-            nn.Linear(dim, dim, bias=False),
-            nn.BatchNorm1d(dim),
-            nn.ReLU(),
-            nn.Linear(dim, settings.projection),
-        )
+        return new_projector(dim, settings.projection)
+
+    encoder, head = new_encoder("simclr", settings.architecture, images, seed, projector)
+    return encoder, {"loss": train("simclr", encoder, head, images, settings, seed, device)}
+
+
+def train(
+    name: str,
+    encoder: Encoder,
+    projector: nn.Module,
+    images: Tensor,
+    settings: Settings,
+    seed: int,
+    device: torch.device,
+    penalty: Callable[[Tensor], Tensor] | None = None,
+) -> list[float]:
+    """Trains encoder and projector in place, eval mode after; the mean loss of each epoch.
+
+    `name` is the random stream's. `penalty(views)` is added to the loss; it is called after the forward
+    pass on float views (2B, 3, H, W), of which i and i + B show one image.
+    """
 
     def view(x: Tensor, generator: Generator) -> Tensor:
         return simclr_view(x, generator, (settings.crop_min, 1.0), settings.jitter)
 
     def loss(first: Tensor, second: Tensor) -> Tensor:
+        views = torch.cat([first, second])
         with autocast(device):
-            z = model(torch.cat([first, second]).contiguous(memory_format=torch.channels_last))
-        return nt_xent(z, settings.temperature)
+            z = model(views.contiguous(memory_format=torch.channels_last))
+        return nt_xent(z, settings.temperature) + (penalty(views) if penalty else 0)
 
-    encoder, head = new_encoder("simclr", settings.architecture, images, seed, projector)
-    model = nn.Sequential(encoder, head).to(device, memory_format=torch.channels_last).train()
+    model = nn.Sequential(encoder, projector).to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.Adam(model.parameters(), settings.lr, weight_decay=settings.weight_decay)
-    losses = train("simclr", images, view, loss, optimizer, settings, seed, device)
-    return encoder.eval(), {"loss": losses}
+    losses = loop(name, images, view, loss, optimizer, settings, seed, device)
+    model.eval()
+    return losses

@@ -1,0 +1,85 @@
+# The user with one of the baseline defences, every file in tcore/defenses; what the scenario gives it first.
+
+
+rule grant_clean:
+    input:
+        truth=received("truth.parquet"),
+    output:
+        granted="data/defended/<cell>/{defense}/given/granted.parquet",
+        record="data/defended/<cell>/{defense}/given/grant_clean.run.json",
+    log:
+        "<logs>/grant_clean/<cell>/{defense}.log",
+    params:
+        code=code("grant_clean"),
+        share=lambda wildcards: experiment["variants"][wildcards.defense]["trusted"]["share"],
+    message:
+        "The scenario grants clean samples: {wildcards.encoder_attack}, {wildcards.dataset_attack},"
+        " defence {wildcards.defense} (seed {wildcards.seed})"
+    shell:
+        "python scripts/grant_clean.py --truth {input.truth} --share {params.share} --seed {wildcards.seed}"
+        " --granted {output.granted} --record {output.record} > {log} 2>&1"
+
+
+rule reveal_rate:
+    input:
+        truth=received("truth.parquet"),
+    output:
+        oracle="data/defended/<cell>/{defense}/given/oracle.json",
+        record="data/defended/<cell>/{defense}/given/reveal_rate.run.json",
+    log:
+        "<logs>/reveal_rate/<cell>/{defense}.log",
+    params:
+        code=code("reveal_rate"),
+    message:
+        "An oracle tells the poison rate: {wildcards.encoder_attack}, {wildcards.dataset_attack},"
+        " defence {wildcards.defense} (seed {wildcards.seed})"
+    shell:
+        "python scripts/reveal_rate.py --truth {input.truth}"
+        " --oracle {output.oracle} --record {output.record} > {log} 2>&1"
+
+
+rule defend:
+    input:
+        model="data/defended/<cell>/none/model.safetensors",
+        features="data/defended/<cell>/features.safetensors",
+        images=received("train.parquet"),
+        trusted=trusted_samples,
+        oracle=oracle,
+    output:
+        model="data/defended/<cell>/{defense}/model.safetensors",
+        record="data/defended/<cell>/{defense}/defend.run.json",
+    log:
+        "<logs>/defend/<cell>/{defense}.log",
+    wildcard_constraints:
+        defense=of_kind("model"),
+    resources:
+        gpu=1,
+    params:
+        code=code_of_defense,
+        defense=lambda wildcards: experiment["variants"][wildcards.defense]["defense"],
+        settings=settings_of_defense,
+        optional=flags("trusted", "oracle"),
+        samples="",
+    message:
+        "The user defends with {wildcards.defense}"
+        " ({wildcards.encoder_attack}, {wildcards.dataset_attack}, seed {wildcards.seed})"
+    shell:
+        "python scripts/defend.py --defense {params.defense} --model {input.model} --features {input.features}"
+        " --images {input.images} {params.optional} --settings {params.settings:q} --seed {wildcards.seed}"
+        " --model-out {output.model} {params.samples} --record {output.record} > {log} 2>&1"
+
+
+# Detectors also say what they think of every sample.
+use rule defend as detect with:
+    output:
+        model="data/defended/<cell>/{defense}/model.safetensors",
+        samples="data/defended/<cell>/{defense}/samples.parquet",
+        record="data/defended/<cell>/{defense}/defend.run.json",
+    wildcard_constraints:
+        defense=of_kind("detector"),
+    params:
+        code=code_of_defense,
+        defense=lambda wildcards: experiment["variants"][wildcards.defense]["defense"],
+        settings=settings_of_defense,
+        optional=flags("trusted", "oracle"),
+        samples=lambda wildcards, output: f"--samples {output.samples}",

@@ -1,0 +1,139 @@
+"""What the baseline defences (`tcore/defenses`) share: what a defender holds, and how a method is run.
+
+A defence is a file with `Settings`, a docstring and constants that declare what it is:
+
+    KIND        "detector": score(received, settings, seed) -> (n,) float, higher = more suspicious, and
+                            flag(score, received, settings) -> (n,) bool, its own rule, True = distrusted
+                "model":    repair(received, settings, seed) -> (Classifier, log dict)
+    CLEAN       whether it needs clean samples that it can trust
+    NEEDS_NORM  whether it needs batch norm in the encoder
+    ORACLE      settings that no real defender knows and an evaluator can fill in, such as ("poison_rate",)
+
+An input detector also has `score_inputs(images, received, settings, seed)`, for images of later use.
+After a detector, all train the same head on what is kept, so results compare detectors and not
+trainers. Methods that cannot be applied raise `NotApplicable`; their result is a row with the reason.
+"""
+
+import copy
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from tcore import selection
+from tcore.files import InputError
+from tcore.models import head as heads
+from tcore.models.classifier import Classifier
+from tcore.models.encoder import floats
+
+LAYERS = ("encoder", "hidden", "penultimate")
+PARTS = ("head", "all")
+
+
+class NotApplicable(Exception):
+    """A defence makes no sense here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Received:
+    """What a defender holds: no truth, no trigger, no target, no test image."""
+
+    model: Classifier  # the suspect: the encoder as received, a head trained on everything
+    images: Tensor  # (n, 3, H, W) uint8
+    labels: Tensor  # (n,) int64, as received
+    features: Tensor  # (n, d) float32, of the frozen encoder
+    classes: int
+    clean: Tensor | None  # (n,) bool: trusted samples, None unless the method declares CLEAN
+    head: heads.Settings  # the head and its training, the same for all defences
+    part: str = "head"  # what a method that trains trains: the head on cached features, or all
+
+    @property
+    def device(self) -> torch.device:
+        return self.images.device
+
+    @property
+    def inputs(self) -> Tensor:
+        """What networks made by `network` take, row by row: features, or uint8 images."""
+        return self.features if self.part == "head" else self.images
+
+    def network(self, seed: int, *names: str, fresh: bool = True) -> nn.Module:
+        """A network (inputs) -> logits to train: with a new head, or (not `fresh`) the suspect's."""
+        if self.part == "head" and not fresh:
+            return copy.deepcopy(self.model.head).requires_grad_(True)
+        head = heads.new_head(self.features.shape[1], self.classes, self.head, seed, *names).to(self.device)
+        if self.part == "head":
+            return head
+        model = copy.deepcopy(self.model).requires_grad_(True)
+        if fresh:
+            model.head = head
+        return Whole(model)
+
+    def layer(self, name: str) -> Tensor:
+        """Activations (n, d_l) of the suspect: "encoder" (its output), "hidden" or "penultimate"."""
+        if name not in LAYERS:
+            raise InputError(f"layer = {name!r} should be one of {LAYERS}")
+        with torch.no_grad():
+            h1, h2, _ = self.model.eval().head.activations(self.features)
+        return (self.features, h1, h2)[LAYERS.index(name)]
+
+
+class Whole(nn.Module):
+    """A classifier that takes uint8 images; `activations` gives (h1, h2, logits) as a head does."""
+
+    def __init__(self, model: Classifier):
+        super().__init__()
+        self.model = model
+
+    def activations(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.model.head.activations(self.model.encoder(floats(images)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.activations(images)[2]
+
+
+@torch.no_grad()
+def in_blocks(function, inputs: Tensor, block: int = 512) -> Tensor:
+    """`function` over blocks of rows, joined: bounded memory where rows do not depend on each other."""
+    return torch.cat([function(part) for part in inputs.split(block)])
+
+
+def check(method: ModuleType, received: Received) -> None:
+    """Raises NotApplicable where `received` lacks what the method declares that it needs."""
+    if method.CLEAN and (received.clean is None or not received.clean.any()):
+        raise NotApplicable("it needs trusted clean samples, and there are none")
+    if method.NEEDS_NORM and not any(isinstance(m, nn.BatchNorm2d) for m in received.model.encoder.modules()):
+        raise NotApplicable("it needs batch norm in the encoder, and there is none")
+
+
+def detect(
+    method: ModuleType, received: Received, settings, select: selection.Settings, seed: int
+) -> tuple[Tensor, Tensor]:
+    """A detector's raw scores (n,) float32 and what is kept (n,) bool. Trusted samples are kept always."""
+    check(method, received)
+    score = method.score(received, settings, seed)
+    if not score.isfinite().all():
+        raise RuntimeError(f"{method.__name__} gave scores that are no numbers")
+    if select.rule == "native":
+        distrusted = method.flag(score, received, settings)
+    else:
+        distrusted = selection.flagged(score, received.labels, select)
+    if received.clean is not None:
+        distrusted = distrusted & ~received.clean
+    return score, ~distrusted
+
+
+def retrain(received: Received, kept: Tensor, seed: int) -> Classifier:
+    """The encoder as received with a new head, trained on what is kept."""
+    if not kept.any():
+        raise NotApplicable("it distrusts every sample, so nothing is left to train on")
+    head = heads.new_head(received.features.shape[1], received.classes, received.head, seed, "head")
+    heads.fit_head(head, received.features[kept], received.labels[kept], received.head.epochs, seed, "head")
+    return Classifier(copy.deepcopy(received.model.encoder), head).eval()
+
+
+def repair(method: ModuleType, received: Received, settings, seed: int) -> tuple[Classifier, dict]:
+    """The model that a training or repairing defence makes, and its log."""
+    check(method, received)
+    model, log = method.repair(received, settings, seed)
+    return model.eval(), log
