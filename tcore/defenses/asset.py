@@ -7,10 +7,11 @@ A scorer f starts anew and passes over D; for each batch B and a random batch Bc
     P = members of B whose adjusted outlyingness of V is above `outlyingness`
     ascend   the mean CE of f on P (with its labels)                           suspects: high loss
 
-    score = CE(f(x), y)       flag: score >= mu + sigma sqrt(-2 ln(1e-6) sigma sqrt(2 pi)),
+    score = CE(f(x), y)       flag: score >= mu + sigma sqrt(-2 ln(1e-6 sigma sqrt(2 pi)))
 
-mu, sigma of the scores at or below their median. The threshold is the released formula, which looks like a
-density level with a bracket in the wrong place. Adjusted outlyingness (Hubert and Vandervieren): distance
+mu, sigma of the scores at or below their median: where their Gaussian's density falls to 1e-6. The
+released code has sigma sqrt(2 pi) outside of the logarithm, so that the cut depends on the
+losses' unit; `released_cut` takes it literally. Adjusted outlyingness (Hubert and Vandervieren): distance
 to the median over the distance of a whisker that the medcouple skews.
 
 It needs clean samples (1,000 in the paper) and a suspect model for the activations; no rate. f is a
@@ -48,7 +49,8 @@ class Settings:
     hidden: int = 128  # width of V's two hidden layers [code]
     outlyingness: float = 2.0  # above it a sample is pushed to a high loss [code]
     layer: str = "penultimate"  # encoder, hidden or penultimate: what V sees [code: before the head]
-    level: float = 1e-6  # epsilon of the threshold [code]
+    level: float = 1e-6  # density at which the threshold stands [code]
+    released_cut: bool = False  # the threshold formula as released [open]
 
 
 def medcouple(values: Tensor) -> Tensor:
@@ -126,12 +128,14 @@ def score(received: Received, settings: Settings, seed: int) -> Tensor:
     return F.cross_entropy(in_blocks(model.eval(), inputs), labels, reduction="none")
 
 
-def threshold(score: Tensor, level: float) -> Tensor:
-    """The released cut, from the scores at or below the median."""
-    lower = score[score <= score.median()]
-    mean, deviation = lower.mean(), lower.std(correction=0)
-    return mean + deviation * (-2 * math.log(level) * deviation * math.sqrt(2 * math.pi)).sqrt()
+def threshold(score: Tensor, level: float, released_cut: bool) -> float:
+    """The cut, from the scores at or below the median."""
+    lower = score[score <= score.median()].double()
+    mean, deviation = lower.mean().item(), max(lower.std(correction=0).item(), 1e-12)
+    unit = deviation * math.sqrt(2 * math.pi)
+    squared = -2 * math.log(level) * unit if released_cut else -2 * math.log(level * unit)
+    return mean + deviation * math.sqrt(max(squared, 0.0))
 
 
 def flag(score: Tensor, received: Received, settings: Settings) -> Tensor:
-    return score >= threshold(score, settings.level)
+    return score >= threshold(score, settings.level, settings.released_cut)

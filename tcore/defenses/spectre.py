@@ -6,9 +6,10 @@ top singular directions (at most `dimensions`); for each k of 1, 4, 9, ... 100:
     P = U[:, :k];  S = robust covariance of P (below);  W = P S^-1/2                  (n, k)
     Q = exp(alpha (C - I) / (|C|_2 - 1)) / trace,  C = W'W / n        a true matrix exponential
     tau_i = w_i' Q w_i;  survivors: all but the 1.5 eps largest tau
+    all of U whitened by the covariance of these survivors: its Q and tau, and tr(C Q), the mean of tau
 
-k is the one whose survivors leave the clearest outliers: with all of U whitened by the survivors' covariance,
-the largest tr(C_k Q_k). score = tau of that k. flag: the 1.5 eps largest, at most half, of every class.
+score = this last tau of the k with the largest mean (the released code chooses k by it too, but drops
+by the first tau). flag: the 1.5 eps largest, at most half, of every class.
 
 Robust covariance (Diakonikolas et al., 2017): whiten; drop points of norm^2 >= 10 k ln(n / tau);
 otherwise let q be the unit matrix with the largest variance of w' q w (2 for a Gaussian) and, where
@@ -17,10 +18,10 @@ half of it exceeds 1 + 10 e ln^2(1 / e), drop those beyond the point where the e
 
 It needs a model trained on everything and the number of poisons: `poison_rate` is a guess, the true one
 belongs to an oracle variant. `suspects` chooses where to remove: all classes (as T-Core's numbers
-show), those whose mean score is above the median, or the one with the largest (both in circulating
-implementations, whose class score is the tr(C_k Q_k) above; the mean of tau is the same in P).
-Defects of ports avoided: an element-wise exponential, an element-wise product in the trace, a tail test
-on the share below. Whitening is cut at a relative `1e-6`; k stays below a third of the class.
+show), those whose tr(C Q) is above the median, or the one with the largest (both in circulating
+implementations). Where the filter drops nothing, C = I and Q = I / k. Defects of ports avoided: an
+element-wise exponential, an element-wise product in the trace, a tail test on the share below.
+Whitening is cut at a relative `1e-6`; k stays below a third of the class.
 """
 
 import math
@@ -61,7 +62,7 @@ def whitener(points: Tensor) -> Tensor:
 def entropy_weights(covariance: Tensor, alpha: float) -> Tensor:
     """Q (k, k) of trace 1: exp(alpha (C - I) / (|C| - 1))."""
     values, vectors = torch.linalg.eigh(covariance)
-    excess = (values.max() - 1).abs().clamp(min=1e-12)
+    excess = (values.max() - 1).clamp(min=1e-6)  # of rounding alone where C is the identity
     weights = torch.softmax(alpha * (values - 1) / excess, 0)  # exp over its sum: the trace is 1
     return vectors * weights @ vectors.T
 
@@ -129,9 +130,9 @@ def scores_of_class(activations: Tensor, poisons: int, settings: Settings) -> Te
         survivors = points[tau.argsort(stable=True)[: len(points) - drop]]
         common = (points - survivors.mean(0)) @ whitener(survivors - survivors.mean(0))
         covariance = common.T @ common / len(common)
-        quality = (covariance * entropy_weights(covariance, settings.alpha)).sum().item()  # tr(C Q)
-        if quality > best:
-            best, found = quality, tau
+        tau = quadratic(common, entropy_weights(covariance, settings.alpha))
+        if tau.mean() > best:
+            best, found = tau.mean().item(), tau
     return found
 
 
