@@ -58,7 +58,7 @@ class Received:
         """What networks made by `network` take, row by row: features, or uint8 images."""
         return self.features if self.part == "head" else self.images
 
-    def network(self, seed: int, *names: str | int) -> nn.Module:
+    def network(self, seed: int, *names: str) -> nn.Module:
         """A new network, inputs (N, ...) -> logits (N, C): the one place that says what is trained."""
         head = heads.new_head(self.features.shape[1], self.classes, self.head, seed, *names).to(self.device)
         if self.part == "head":

@@ -79,7 +79,7 @@ def meta_loss(model: nn.Module, v: nn.Module, inputs: Tensor, labels: Tensor, st
 def sift(received: Received, settings: Settings, seed: int, number: int) -> Tensor:
     """V(l(x)) (n,) of one sifter."""
     inputs, labels, device = received.inputs, received.labels, received.device
-    model = received.network(seed, "meta_sift", number)
+    model = received.network(seed, "meta_sift", str(number))
     g = seeds.generator(seed, "meta_sift", number, "order")
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seeds.derive(seed, "meta_sift", number))

@@ -72,14 +72,16 @@ def quadratic(points: Tensor, matrix: Tensor) -> Tensor:
     return (points @ matrix * points).sum(1)
 
 
-def widest(points: Tensor, steps: int = 50) -> Tensor:
+def widest(points: Tensor, steps: int = 20) -> Tensor:
     """The symmetric unit matrix q (k, k) with the largest variance of w' q w, by power iteration."""
     far = points[points.square().sum(1).argmax()]
     q = far.outer(far)
     for _ in range(steps):
         q = q / q.norm().clamp(min=1e-30)
         values = quadratic(points, q)
-        q = (points * (values - values.mean())[:, None]).T @ points / len(points)
+        last, q = q, (points * (values - values.mean())[:, None]).T @ points / len(points)
+        if (q / q.norm().clamp(min=1e-30) - last).norm() < 1e-3:
+            break
     return q / q.norm().clamp(min=1e-30)
 
 

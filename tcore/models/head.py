@@ -53,7 +53,7 @@ class Head(nn.Module):
         return {"dim": self.dim, "classes": self.classes, "settings": asdict(self.settings)}
 
 
-def new_head(dim: int, classes: int, settings: Settings, seed: int, *names: str | int) -> Head:
+def new_head(dim: int, classes: int, settings: Settings, seed: int, *names: str) -> Head:
     """A freshly initialised head from the stream `names`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeds.derive(seed, *names))
