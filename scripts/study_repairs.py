@@ -94,12 +94,8 @@ def main() -> None:
     parser.add_argument("--attack", required=True, help="a file name in tcore/dataset_attacks")
     parser.add_argument("--attack-settings", type=json.loads, default={}, help="JSON")
     parser.add_argument("--target", type=int, default=0)
-    parser.add_argument(
-        "--recipe", type=json.loads, default={}, help="JSON, how the network is trained"
-    )
-    parser.add_argument(
-        "--defense", help="a file name in tcore/defenses; without it the network alone"
-    )
+    parser.add_argument("--recipe", type=json.loads, default={}, help="JSON, how the network is trained")
+    parser.add_argument("--defense", help="a file name in tcore/defenses; without it the network alone")
     parser.add_argument("--settings", type=json.loads, default={}, help="JSON, the defence's settings")
     parser.add_argument("--trusted", type=float, default=0.1, help="share of clean samples for those in need")
     parser.add_argument("--seed", type=int, default=0)
@@ -130,9 +126,8 @@ def main() -> None:
         clean=torch.from_numpy(trusted(poisoned.truth, args.trusted, seed)).to(device),
         head=HEAD,
         part="all",
+        encoder=new_classifier(images["train"], seed + 1, device).encoder,
     )
-    if args.defense in ("abl", "cbd"):
-        received = replace(received, model=new_classifier(images["train"], seed + 1, device))
     if args.defense == "ssl_distillation":
         honest = images["train"]
         features = extract_features(suspect.encoder, honest.tensor)
