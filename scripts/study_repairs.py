@@ -126,9 +126,8 @@ def main() -> None:
         clean=torch.from_numpy(trusted(poisoned.truth, args.trusted, seed)).to(device),
         head=HEAD,
         part="all",
+        encoder=new_classifier(images["train"], seed + 1, device).encoder,
     )
-    if args.defense in ("abl", "cbd"):
-        received = replace(received, model=new_classifier(images["train"], seed + 1, device))
     if args.defense == "ssl_distillation":
         honest = images["train"]
         features = extract_features(suspect.encoder, honest.tensor)

@@ -25,7 +25,7 @@ from tcore import selection
 from tcore.files import InputError
 from tcore.models import head as heads
 from tcore.models.classifier import Classifier
-from tcore.models.encoder import floats
+from tcore.models.encoder import Encoder, floats
 
 LAYERS = ("encoder", "hidden", "penultimate")
 PARTS = ("head", "all")
@@ -47,6 +47,7 @@ class Received:
     clean: Tensor | None  # (n,) bool: trusted samples, None unless the method declares CLEAN
     head: heads.Settings  # the head and its training, the same for all defences
     part: str = "head"  # what a method that trains trains: the head on cached features, or all
+    encoder: Encoder | None = None  # where training starts, if the suspect's own was trained on this set
 
     @property
     def device(self) -> torch.device:
@@ -57,17 +58,13 @@ class Received:
         """What networks made by `network` take, row by row: features, or uint8 images."""
         return self.features if self.part == "head" else self.images
 
-    def network(self, seed: int, *names: str, fresh: bool = True) -> nn.Module:
-        """A network (inputs) -> logits to train: with a new head, or (not `fresh`) the suspect's."""
-        if self.part == "head" and not fresh:
-            return copy.deepcopy(self.model.head).requires_grad_(True)
+    def network(self, seed: int, *names: str) -> nn.Module:
+        """A new network, inputs (N, ...) -> logits (N, C): the one place that says what is trained."""
         head = heads.new_head(self.features.shape[1], self.classes, self.head, seed, *names).to(self.device)
         if self.part == "head":
             return head
-        model = copy.deepcopy(self.model).requires_grad_(True)
-        if fresh:
-            model.head = head
-        return Whole(model)
+        encoder = copy.deepcopy(self.encoder or self.model.encoder).requires_grad_(True)
+        return Whole(Classifier(encoder, head))
 
     def layer(self, name: str) -> Tensor:
         """Activations (n, d_l) of the suspect: "encoder" (its output), "hidden" or "penultimate"."""

@@ -46,13 +46,15 @@ def changed(path: str, value) -> dict:
     return config
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "smoke.yaml", "paper-targets.yaml", "dataset-attacks.yaml"])
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "smoke.yaml", "paper-targets.yaml", "dataset-attacks.yaml", "defenses.yaml"]
+)
 def test_the_configurations_at_hand_are_valid(name):
     config = yaml.safe_load((ROOT / "config/config.yaml").read_text())
     overlay = yaml.safe_load((ROOT / "config" / name).read_text())
     for key in overlay.keys() - {"datasets"}:
         config[key] = overlay[key]
-    for data, entry in overlay["datasets"].items():
+    for data, entry in overlay.get("datasets", {}).items():
         config["datasets"][data] = config["datasets"].get(data, {}) | entry
     validate(config)
 
@@ -191,3 +193,54 @@ def test_planning_needs_no_torch():
 def test_the_reference_is_up_to_date():
     written = runpy.run_path(str(ROOT / "scripts/config_reference.py"))
     assert written["README"].read_text() == written["page"](), "run: python scripts/config_reference.py"
+
+
+def with_variants(**variants) -> dict:
+    return CONFIG | {"variants": variants, "defenses": ["none", "spectral", *variants]}
+
+
+def test_a_defence_is_a_variant_of_itself_and_takes_the_methods_settings():
+    config = with_variants(mild={"defense": "spectral", "settings": {"factor": 1.0}, "oracle": True})
+    found = validate(config | {"methods": {"spectral": {"factor": 2.0, "cap": 0.4}}})["variants"]
+    assert found["spectral"]["settings"]["factor"] == 2.0
+    assert found["mild"]["settings"]["factor"] == 1.0 and found["mild"]["settings"]["cap"] == 0.4
+    assert found["mild"]["oracle"] == ("poison_rate",) and found["spectral"]["oracle"] == ()
+    assert found["mild"]["selection"] == {"rule": "native", "share": 0.01, "per_class": True}
+    assert found["mild"]["trusted"] is None  # it declares that it needs none
+
+
+@pytest.mark.parametrize(
+    ("variant", "message"),
+    [
+        ({}, "variants.mine.defense is missing"),
+        ({"defense": "spectrl"}, "variants.mine.defense.*did you mean 'spectral'"),
+        ({"defense": "spectral", "setting": {}}, "variants.mine.setting.*did you mean 'settings'"),
+        ({"defense": "spectral", "settings": {"facto": 1.0}}, "variants.mine.spectral.facto.*'factor'"),
+        ({"defense": "spectral", "oracle": "yes"}, "variants.mine.oracle = 'yes'"),
+        ({"defense": "spectral", "selection": {"rule": "best"}}, "selection.rule.*known: native, budget"),
+        ({"defense": "spectral", "selection": {"share": "1"}}, "selection.share.*type float"),
+        ("spectral", "variants.mine should be a mapping"),
+    ],
+)
+def test_what_is_refused_of_a_variant(variant, message):
+    with pytest.raises(InputError, match=message):
+        validate(with_variants(mine=variant))
+
+
+@pytest.mark.parametrize("name", ["tcore", "spectral", "My-Own"])
+def test_a_variant_has_a_name_of_its_own(name):
+    with pytest.raises(InputError, match=f"variants.{name}"):
+        validate(with_variants(**{name: {"defense": "spectral"}}))
+
+
+@pytest.mark.parametrize(
+    ("trusted", "message"),
+    [
+        ({"source": "test"}, "trusted.source.*known: granted"),
+        ({"share": 1.5}, "trusted.share = 1.5"),
+        ({"shares": 0.1}, "trusted.shares.*did you mean 'share'"),
+    ],
+)
+def test_what_is_refused_as_a_source_of_clean_samples(trusted, message):
+    with pytest.raises(InputError, match=message):
+        validate(CONFIG | {"trusted": trusted})

@@ -188,15 +188,20 @@ def test_layers_are_those_of_the_suspect_head():
 
 
 @pytest.mark.parametrize("part", defense.PARTS)
-def test_a_network_starts_from_the_suspect_or_from_a_new_head(part):
+def test_a_network_is_new_and_comes_from_its_stream(part):
     received = tiny(part)
-    own = received.network(0, "a", fresh=False).eval()
+    first, again, other = (received.network(0, name).eval() for name in ("a", "a", "b"))
     with torch.no_grad():
-        expected = received.model.head(received.features)
-        assert torch.allclose(own(received.inputs), expected, atol=1e-4)
-        assert not torch.allclose(received.network(0, "a")(received.inputs), expected, atol=1e-4)
-    trained = {name for name, p in own.named_parameters() if p.requires_grad}
+        out = first(received.inputs)
+        assert torch.equal(out, again(received.inputs)) and not torch.equal(out, other(received.inputs))
+        torch.testing.assert_close(out, first.activations(received.inputs)[2])
+    trained = {name for name, p in first.named_parameters() if p.requires_grad}
     assert any("conv" in name for name in trained) == (part == "all")
+    if part == "all":
+        start = Encoder("resnet_narrow", 16)
+        model = dataclasses.replace(received, encoder=start).network(0, "a").model
+        assert torch.equal(model.encoder.conv1.weight, start.conv1.weight)
+        assert not torch.equal(model.encoder.conv1.weight, received.model.encoder.conv1.weight)
 
 
 def test_retraining_is_the_head_recipe_on_what_is_kept():

@@ -413,7 +413,7 @@ def test_the_critic_is_divided_by_spectral_norms():
     before = [p.detach().clone().numpy() for p in critic.parameters()]
     cbd.divide_by_spectral_norm(critic)
     for p, old in zip(critic.parameters(), before, strict=True):
-        np.testing.assert_allclose(p.detach().numpy(), old / np.linalg.norm(old, 2), rtol=1e-5)
+        np.testing.assert_allclose(p.detach().numpy(), old / np.linalg.norm(old, 2), rtol=1e-4, atol=1e-6)
 
 
 # --- ABL and CBD on planted features ------------------------------------------------------------
@@ -481,8 +481,8 @@ def test_abl_and_cbd_learn_the_classes_and_not_the_trigger(planted):
 
 
 def test_unlearning_that_diverges_is_an_error(planted):
-    with pytest.raises(InputError, match=r"abl\.unlearn_lr = 10\.0: the loss diverged; lower it"):
-        run("abl", planted[0], unlearn_lr=10.0, unlearn_epochs=30, lr=0.02)
+    with pytest.raises(InputError, match="unlearn_lr = 10: the loss diverged"):
+        run("abl", planted[0], unlearn_lr=10, unlearn_epochs=30, lr=0.02)
 
 
 # --- SSL-Distillation ---------------------------------------------------------------------------
@@ -543,7 +543,7 @@ def test_the_student_takes_over_the_teachers_attention(received):
 
 
 class Digits:
-    """2,000 digits with a BadNets patch on a fifth of class 0's share, and a network trained on all of it."""
+    """2,000 digits, 200 of them poisons with a patch of 6 pixels, and a network trained on all of it."""
 
     def __init__(self):
         source = registry.load("data/sources", "mnist5k")
@@ -571,6 +571,7 @@ class Digits:
             clean=clean,
             head=settings,
             part="all",
+            encoder=untrained.encoder,
         )
         network = self.untrained.network(0, "suspect").train()
         optimizer = torch.optim.SGD(network.parameters(), 0.05, momentum=0.9)
@@ -592,3 +593,44 @@ class Digits:
 @pytest.fixture(scope="module")
 def digits() -> Digits:
     return Digits()
+
+
+GENTLE = {"batch": 64, "lr": 0.05, "shift": 0.07, "flip": False}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "settings", "accuracy", "success"),
+    [
+        ("i_bau", {"scope": "both", "rounds": 3, "batch": 40}, 0.8, 0.2),
+        ("ft_sam", {"scope": "both", "epochs": 60, **GENTLE}, 0.9, 0.7),
+        (
+            "abl",
+            {"isolate": 0.02, "isolation_epochs": 3, "epochs": 5, "unlearn_epochs": 12, **GENTLE},
+            0.8,
+            0.3,
+        ),
+        ("cbd", {"backdoor_epochs": 2, "epochs": 6, **GENTLE}, 0.8, 0.1),
+    ],
+)
+def test_a_strong_backdoor_falls(digits, name, settings, accuracy, success):
+    before = digits.rates(digits.received.model)
+    assert before[0] > 0.9 and before[1] > 0.95
+    method = registry.load("defenses", name)
+    received = digits.untrained if name in ("abl", "cbd") else digits.received
+    model, _ = defense.repair(method, received, method.Settings(**settings), seed=0)
+    after = digits.rates(model)
+    print(name, before, after)
+    assert after[0] > accuracy and after[1] < success
+
+
+@pytest.mark.slow
+def test_it_is_the_ascent_that_removes_the_backdoor(digits):
+    """Plain fine-tuning on the same trusted digits leaves far more of it."""
+    settings = ft_sam.Settings(scope="both", epochs=60, **GENTLE)
+    sharp, plain = (
+        digits.rates(defense.repair(ft_sam, digits.received, replace(settings, rho=rho), seed=0)[0])[1]
+        for rho in (2.0, 0.0)
+    )
+    print(sharp, plain)
+    assert sharp < plain - 0.2

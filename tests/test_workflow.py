@@ -101,6 +101,13 @@ def test_another_grid_by_hand(sources, tmp_path):
     assert jobs["poison_dataset"] == jobs["train_head"] == jobs["sift"] == jobs["predict"] == 4
 
 
+ALLOWED = re.compile(
+    r"data/(encoders/\w+-\w+/\w+/\d+/encoder\.safetensors"  # as handed over, not as pre-trained
+    r"|poisoned/(any|\w+-\w+)/\w+-\w+/\d+/train\.parquet"
+    r"|(defended|logs)/.+)"
+)
+
+
 @pytest.fixture(scope="module")
 def every_attack(sources, tmp_path_factory):
     """A plan with attacks of both kinds on encoders, and its commands."""
@@ -145,11 +152,6 @@ def test_how_an_attack_on_encoders_works_is_read_from_its_file():
 
 def test_the_defender_sees_what_a_user_receives_and_nothing_else(demo, every_attack):
     """An allow-list for all jobs that write below data/defended: no truth, trigger, test set, clean data."""
-    allowed = re.compile(
-        r"data/(encoders/\w+-\w+/\w+/\d+/encoder\.safetensors"  # as handed over, not as pre-trained
-        r"|poisoned/(any|\w+-\w+)/\w+-\w+/\d+/train\.parquet"
-        r"|(defended|logs)/.+)"
-    )
     defenders = set()
     for script, paths in [*demo, *every_attack[0]]:
         cells = {"/".join(path.split("/")[2:5]) for path in paths if path.startswith("data/defended/")}
@@ -160,10 +162,42 @@ def test_the_defender_sees_what_a_user_receives_and_nothing_else(demo, every_att
         ]
         if own:
             defenders.add(script)
-            assert {path for path in paths if not allowed.fullmatch(path)} == set(), script
+            assert {path for path in paths if not ALLOWED.fullmatch(path)} == set(), script
             assert len(cells) == 1, f"{script} reads another victim's files"
             assert len(paths) > 3
     assert defenders == {"extract_features", "train_head", "sift", "expand", "filter_channels", "bootstrap"}
+
+
+def test_baselines_get_what_they_declare_and_nothing_else(sources, tmp_path):
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(
+        """
+        scenarios: [T2]
+        defenses: [spectral, told, strip, seeded, bare]
+        variants:
+          told: {defense: spectral, oracle: true}
+          seeded: {defense: strip, trusted: {source: seeds}}
+          bare: {defense: strip, trusted: {source: none}}
+        """
+    )
+    jobs = plan(sources, "--configfile", str(overlay))
+    own = {
+        re.search(r"defended/[^/]+/[^/]+/0/(\w+)/defend\.run\.json", " ".join(sorted(paths)))[1]: paths
+        for script, paths in jobs
+        if script == "defend"
+    }
+    assert set(own) == {"spectral", "told", "strip", "seeded", "bare"}
+    given = {
+        name: {path.split("/0/")[-1] for path in paths if "given" in path or "tcore" in path}
+        for name, paths in own.items()
+    }
+    assert given["spectral"] == given["bare"] == set()
+    assert given["told"] == {"told/given/oracle.json"}
+    assert given["strip"] == {"strip/given/granted.parquet"}
+    assert given["seeded"] == {"tcore/seeds.parquet"}
+    for name, paths in own.items():
+        assert {path for path in paths if not ALLOWED.fullmatch(path)} == set(), name
+    assert counts(jobs)["grant_clean"] == counts(jobs)["reveal_rate"] == 1
 
 
 @pytest.mark.parametrize(
