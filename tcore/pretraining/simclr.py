@@ -47,8 +47,13 @@ def nt_xent(z: Tensor, temperature: float) -> Tensor:
     return F.cross_entropy(logits, partner)
 
 
-def pretrain(images: Tensor, settings: Settings, seed: int, device: torch.device) -> tuple[Encoder, dict]:
-    """An encoder trained on uint8 images (N, 3, H, W), and a log with the mean loss of each epoch."""
+def pretrain(
+    images: Tensor, settings: Settings, seed: int, device: torch.device, aspects: Tensor | None = None
+) -> tuple[Encoder, dict]:
+    """An encoder trained on uint8 images (N, 3, H, W), and a log with the mean loss of each epoch.
+
+    `aspects` (N,): see `augment.resized_crop`.
+    """
 
     def projector(dim: int) -> nn.Module:
         return nn.Sequential(
@@ -58,8 +63,8 @@ def pretrain(images: Tensor, settings: Settings, seed: int, device: torch.device
             nn.Linear(dim, settings.projection),
         )
 
-    def view(x: Tensor, generator: Generator) -> Tensor:
-        return simclr_view(x, generator, (settings.crop_min, 1.0), settings.jitter)
+    def view(x: Tensor, generator: Generator, aspects: Tensor | None) -> Tensor:
+        return simclr_view(x, generator, (settings.crop_min, 1.0), settings.jitter, aspects)
 
     def loss(first: Tensor, second: Tensor) -> Tensor:
         with autocast(device):
@@ -69,5 +74,5 @@ def pretrain(images: Tensor, settings: Settings, seed: int, device: torch.device
     encoder, head = new_encoder("simclr", settings.architecture, images, seed, projector)
     model = nn.Sequential(encoder, head).to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.Adam(model.parameters(), settings.lr, weight_decay=settings.weight_decay)
-    losses = train("simclr", images, view, loss, optimizer, settings, seed, device)
+    losses = train("simclr", images, aspects, view, loss, optimizer, settings, seed, device)
     return encoder.eval(), {"loss": losses}
