@@ -3,6 +3,8 @@
 import argparse
 import json
 
+import torch
+
 from tcore import device as devices
 from tcore import registry
 from tcore.cli import run
@@ -28,7 +30,8 @@ def main() -> None:
     device = devices.pick()
     with record(args.record, "pretrain_encoder", args.settings, args.seed, device) as log:
         images = read_images(args.images)
-        encoder, training = method.pretrain(images.tensor, settings, args.seed, device)
+        aspects = None if images.aspects is None else torch.from_numpy(images.aspects)
+        encoder, training = method.pretrain(images.tensor, settings, args.seed, device, aspects)
         save_encoder(args.encoder, encoder)
         log |= {"knn_accuracy": knn_accuracy(encoder, images), **training}
 

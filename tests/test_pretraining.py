@@ -257,3 +257,14 @@ def test_a_transformer_can_be_pretrained():
     settings = replace(SETTINGS, architecture="vit", epochs=1, batch=4)
     encoder, log = simclr.pretrain(images, settings, 0, CPU)
     assert encoder.dim == 512 and math.isfinite(log["loss"][0])
+
+
+@pytest.mark.parametrize(("method", "settings"), [(simclr, SETTINGS), (moco, MOCO)])
+def test_pretraining_crops_by_the_images_aspects(method, settings):
+    images = (noise(32, size=16) * 255).to(torch.uint8)
+    settings = replace(settings, epochs=1)
+    plain, same, wide = (
+        method.pretrain(images, settings, 0, CPU, aspects)[0].conv1.weight
+        for aspects in (None, torch.ones(32), torch.full((32,), 2.0))
+    )
+    assert torch.equal(plain, same) and not torch.equal(plain, wide)

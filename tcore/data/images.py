@@ -1,7 +1,8 @@
 """The one image format: labelled uint8 images in a Parquet file.
 
 One row per image: `image` (fixed_size_binary, height x width x 3 bytes, RGB, row-major),
-`label` (int64, -1 where there is none) and `index` (int64, the row's number in its source).
+`label` (int64, -1 where there is none) and `index` (int64, the row's number in its source). Where images of
+other shapes were stretched to the common size, `aspect` (float32): width over height as they were.
 The schema metadata holds `height`, `width`, `class_names` and `origin` as JSON.
 """
 
@@ -19,13 +20,17 @@ from tcore.files import InputError, atomic, require
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images with labels. `pixels` (N, H, W, 3) uint8, `labels` and `index` (N,) int64."""
+    """Images with labels. `pixels` (N, H, W, 3) uint8, `labels` and `index` (N,) int64.
+
+    `aspects` (N,) float32: width over height before images were stretched to squares; None: none was.
+    """
 
     pixels: np.ndarray
     labels: np.ndarray
     index: np.ndarray
     class_names: tuple[str, ...]
     origin: str
+    aspects: np.ndarray | None = None
 
     def __post_init__(self):
         n = len(self.pixels)
@@ -67,12 +72,16 @@ class ImageSet:
 
     def select(self, rows) -> "ImageSet":
         """The images at `rows` (indices or a boolean mask), in that order."""
-        return ImageSet(self.pixels[rows], self.labels[rows], self.index[rows], self.class_names, self.origin)
+        aspects = None if self.aspects is None else self.aspects[rows]
+        return ImageSet(
+            self.pixels[rows], self.labels[rows], self.index[rows], self.class_names, self.origin, aspects
+        )
 
 
-def _schema(size: int) -> pa.Schema:
+def _schema(size: int, aspects: bool) -> pa.Schema:
     """Columns of a file whose images take `size` bytes each."""
-    return pa.schema([("image", pa.binary(size)), ("label", pa.int64()), ("index", pa.int64())])
+    columns = [("image", pa.binary(size)), ("label", pa.int64()), ("index", pa.int64())]
+    return pa.schema([*columns, ("aspect", pa.float32())] if aspects else columns)
 
 
 def write_images(path: str | Path, images: ImageSet) -> None:
@@ -86,8 +95,11 @@ def write_images(path: str | Path, images: ImageSet) -> None:
         "class_names": list(images.class_names),
         "origin": images.origin,
     }
-    schema = _schema(size).with_metadata({key: json.dumps(value) for key, value in meta.items()})
-    table = pa.table([column, pa.array(images.labels), pa.array(images.index)], schema=schema)
+    columns = [column, images.labels, images.index]
+    columns += [] if images.aspects is None else [images.aspects]
+    schema = _schema(size, images.aspects is not None)
+    schema = schema.with_metadata({key: json.dumps(value) for key, value in meta.items()})
+    table = pa.table(list(map(pa.array, columns)), schema=schema)
     with atomic(path) as temporary:
         pq.write_table(table, temporary, compression="none", use_dictionary=False, row_group_size=10_000)
 
@@ -98,7 +110,8 @@ def read_images(path: str | Path) -> ImageSet:
         table = pq.read_table(path)
         meta = {key.decode(): json.loads(value) for key, value in table.schema.metadata.items()}
         height, width = int(meta["height"]), int(meta["width"])
-        expected = _schema(height * width * 3)
+        stretched = "aspect" in table.schema.names
+        expected = _schema(height * width * 3, stretched)
         if (
             min(height, width) < 1
             or not table.schema.equals(expected)
@@ -115,6 +128,7 @@ def read_images(path: str | Path) -> ImageSet:
             index=table["index"].to_numpy().copy(),
             class_names=tuple(meta["class_names"]),
             origin=meta["origin"],
+            aspects=table["aspect"].to_numpy().copy() if stretched else None,
         )
     except (OSError, KeyError, AttributeError, TypeError, ValueError, pa.ArrowException) as error:
         raise InputError(

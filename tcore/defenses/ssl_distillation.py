@@ -106,7 +106,7 @@ def distil(
             temperature=settings.temperature,
         )
         log[name] = simclr.train(
-            f"SSL-Distillation: {name}", encoder, projector, images, how, seed, images.device, penalty
+            f"SSL-Distillation: {name}", encoder, projector, images, how, seed, images.device, penalty=penalty
         )
 
     def projector(name: str):

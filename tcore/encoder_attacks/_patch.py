@@ -46,9 +46,9 @@ def make_trigger(
 def paste_at(images: Tensor, patch: Tensor, corners: Tensor) -> Tensor:
     """The images (N, 3, H, W) with the patch at the corners (N, 2) (row, column), opaque."""
     patch, corners = patch.to(images.device), corners.to(images.device)
-    side = torch.arange(patch.shape[-1], device=images.device)
-    rows = corners[:, 0].view(-1, 1, 1) + side.view(-1, 1)
-    columns = corners[:, 1].view(-1, 1, 1) + side
+    down, along = (torch.arange(n, device=images.device) for n in patch.shape[1:])
+    rows = corners[:, 0].view(-1, 1, 1) + down.view(-1, 1)
+    columns = corners[:, 1].view(-1, 1, 1) + along
     out = images.clone()
     out[torch.arange(len(images), device=images.device).view(-1, 1, 1), :, rows, columns] = patch.permute(
         1, 2, 0

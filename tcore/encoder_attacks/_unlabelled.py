@@ -14,14 +14,20 @@ from tcore.poisoning import check_target, choose, truth
 SOURCES = ("pretraining", "downstream")
 
 
-def append(images: ImageSet, pixels: Tensor) -> tuple[ImageSet, pd.DataFrame]:
-    """`images`, then unlabelled poisons (n, 3, H, W), and the table `truth`; indices go on counting."""
+def append(images: ImageSet, pixels: Tensor, aspects: Tensor | None = None) -> tuple[ImageSet, pd.DataFrame]:
+    """`images`, then unlabelled poisons (n, 3, H, W), and the table `truth`; indices go on counting.
+
+    `aspects` (n,) of poisons that were stretched, as in `ImageSet`.
+    """
     n, more = len(images), len(pixels)
     both = replace(
         images,
         pixels=np.concatenate([images.pixels, pixels.permute(0, 2, 3, 1).numpy()]),
         labels=np.concatenate([images.labels, np.full(more, -1)]),
         index=np.concatenate([images.index, images.index.max(initial=-1) + 1 + np.arange(more)]),
+        aspects=None
+        if aspects is None
+        else np.concatenate([np.ones(n, np.float32), aspects.float().numpy()]),
     )
     return both, truth(both, np.arange(n, n + more))
 

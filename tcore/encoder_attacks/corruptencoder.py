@@ -2,26 +2,30 @@
 
 Zhang, Liu, Wang, Jia, Gong: Data Poisoning based Backdoor Attacks to Contrastive Learning, CVPR 2024. Two
 random crops of such a composite often show the object alone and the trigger alone, and pre-training pulls
-both together; the target class need not occur in pre-training. On a canvas of height H and width W:
+both together; the target class need not occur in pre-training. A composite is a canvas with
 
-* a background, here a random image of the pre-training set (paper: other photographs);
-* the object of a random reference, H x W/2, at the left or right, at most 5 % of the width from the edge,
-  blended with its mask, which is blurred over one pixel;
-* the patch of `_patch.py` in the other half, within its middle W/4 columns and H/2 rows, opaque.
+* a background, here a random image of the pre-training set (paper: other photographs), enlarged to cover
+  the canvas, cut at a random column and at its lower edge;
+* the object of a random reference, at the left or right, at most 5 % of the width from the edge, blended
+  with its mask, which is blurred over one pixel;
+* the patch of `_patch.py` in the other half, 12.5 % of the width and 25 % of the height from its edges.
+
+The canvas is as high as the object and twice as wide. It is written at the size of the other images, so
+stretched, and its aspect beside it, by which the pre-trainer's crops have the shapes that they would have
+in the canvas: square windows of the stretched canvas show object and trigger alone ten times more rarely.
+The patch is as large, beside a canvas of the images' height, as it is at test.
 
 CorruptEncoder+ makes a share of the composites from a reference beside another image of the target class,
 without a trigger. References are images of the target class of the downstream set, drawn at random, or
-those of a file. Where the file has masks, an object is the bounding box of its mask, stretched to H x W/2:
-the paper's canvas is twice as wide as its object, this one is that canvas at the size of the other images.
-Without masks an object is the middle half of a reference's columns; at 32 pixels objects fill the image,
-and the half needs no stretching.
+those of a file. An object is the bounding box of its mask, where the file has masks; without masks it is the
+whole reference, which at 32 pixels objects mostly fill.
 """
 
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Generator, Tensor
 
 from tcore import seeds
 from tcore.data.images import ImageSet
@@ -33,7 +37,7 @@ from tcore.files import InputError
 from tcore.poisoning import Poisoned, check_target, choose
 from tcore.triggers import Trigger
 
-__all__ = ["Settings", "composites", "cut", "make_trigger", "poison_images", "stamp"]
+__all__ = ["Settings", "make_trigger", "poison_images", "stamp"]
 
 
 @dataclass(frozen=True)
@@ -55,35 +59,51 @@ def make_trigger(height: int, width: int, settings: Settings, seed: int) -> Trig
     )
 
 
-def cut(references: Tensor, masks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Objects (R, 3, H, W/2) float32 in 0..255 and how opaque they are (R, 1, H, W/2), in 0..1."""
+def cut(references: Tensor, masks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Objects (R, 3, H, W/2) in 0..255, opacity (R, 1, H, W/2) in 0..1, their canvases' aspects (R,)."""
     height, width = references.shape[2:]
     half = width // 2
     if masks is None:
-        left = (width - half) // 2
-        objects = references[..., left : left + half].float()
-        return objects, torch.ones_like(objects[:, :1])
-    objects, opacity = [], []
+        masks = torch.ones(len(references), height, width, dtype=torch.bool)
+    objects, aspects = [], []
     for reference, mask in zip(references, masks, strict=True):
         (top, bottom), (left, right) = (
             (line.nonzero().min(), line.nonzero().max() + 1) for line in (mask.any(1), mask.any(0))
         )
-        box = torch.cat([reference.float(), mask[None].float()])[None, :, top:bottom, left:right]
-        stretched = F.interpolate(box, (height, half), mode="bilinear", antialias=True, align_corners=False)
-        objects.append(stretched[0, :3])
-        opacity.append(stretched[0, 3:])
+        box = torch.cat([reference.float(), 255.0 * mask[None]])[None, :, top:bottom, left:right]
+        objects.append(_resized(box, height, half))
+        aspects.append(2 * (right - left) / (bottom - top))
+    objects, opacity = torch.cat(objects).split([3, 1], 1)
     kernel = torch.exp(-torch.arange(-3, 4).square() / 2.0)  # standard deviation 1
-    blurred = torch.stack(opacity)
     for shape in ((1, 1, 7, 1), (1, 1, 1, 7)):
         pad = (shape[3] // 2,) * 2 + (shape[2] // 2,) * 2
-        blurred = F.conv2d(F.pad(blurred, pad, "replicate"), (kernel / kernel.sum()).view(shape))
-    return torch.stack(objects), blurred
+        opacity = F.conv2d(F.pad(opacity, pad, "replicate"), (kernel / kernel.sum()).view(shape))
+    return objects, opacity / 255, torch.stack(aspects)
+
+
+def _resized(images: Tensor, height: int, width: int) -> Tensor:
+    return F.interpolate(
+        images.float(), (height, width), mode="bilinear", antialias=True, align_corners=False
+    )
+
+
+def backdrops(images: Tensor, aspects: Tensor, place: Tensor) -> Tensor:
+    """Canvases (n, 3, H, W) float32 filled with an image (n, 3, H, W) each, as large as covers the canvas.
+
+    The image is cut at its lower edge and, where it is too wide, at `place` (n,) from 0 (left) to 1 (right).
+    """
+    width, height = aspects.clamp(max=1), (1 / aspects).clamp(max=1)  # of the part that is seen
+    zero = torch.zeros_like(width)
+    x, y = (2 * place - 1) * (1 - width), 1 - height
+    theta = torch.stack([width, zero, x, zero, height, y], 1).view(-1, 2, 3)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
 
 
 def composites(
     backgrounds: Tensor, objects: Tensor, opacity: Tensor, right: Tensor, offset: Tensor
 ) -> Tensor:
-    """Backgrounds (n, 3, H, W) uint8 with an object (n, 3, H, W/2) each, `offset` (n,) pixels from an edge.
+    """Backgrounds (n, 3, H, W) with an object (n, 3, H, W/2) each, `offset` (n,) pixels from an edge.
 
     The edge is the right one where `right` (n,) bool is true.
     """
@@ -95,8 +115,25 @@ def composites(
     shape = (-1, -1, backgrounds.shape[2], -1)
     objects = objects.gather(3, column.expand(len(objects), 3, *shape[2:]))
     opacity = opacity.gather(3, column.expand(len(objects), 1, *shape[2:])) * inside[:, None, None, :]
-    mixed = backgrounds + opacity * (objects - backgrounds)
-    return (mixed + 0.5).floor().clamp(0, 255).to(torch.uint8)
+    return backgrounds + opacity * (objects - backgrounds)
+
+
+def with_patch(canvases: Tensor, patch: Tensor, aspect: float, right: Tensor, random: Generator) -> Tensor:
+    """Canvases (n, 3, H, W) uint8 of one aspect with the patch in the half where the object is not."""
+    size = torch.tensor(canvases.shape[2:])
+    side = patch.shape[-1]
+    columns = max(1, round(side / aspect))
+    low = (size * torch.tensor([0.25, 0.125])).round().long()
+    high = (size * torch.tensor([0.75, 0.375])).round().long() - torch.tensor([side, columns])
+    if (high < low).any():
+        raise InputError(
+            f"corruptencoder: a patch of {side} pixels does not fit beside an object in images of "
+            f"{size[1]}x{size[0]}; lower size"
+        )
+    corners = _patch.draw_corners(len(canvases), low, high, random)
+    corners[:, 1] += torch.where(right, 0, size[1] // 2)
+    narrow = _resized(patch[None], side, columns)[0].round().to(torch.uint8)
+    return _patch.paste_at(canvases, narrow, corners)
 
 
 def poison_images(
@@ -110,7 +147,7 @@ def poison_images(
     else:
         rows = choose(own, settings.references, seed, *name, "references")
         references, masks = downstream.tensor[rows], None
-    objects, opacity = cut(references, masks)
+    objects, opacity, aspects = cut(references, masks)
     n = int(settings.rate * len(images))
     plain = int(settings.support * n)  # the first of them have a support image and no trigger
     random = seeds.generator(seed, *name, "composites")
@@ -120,23 +157,17 @@ def poison_images(
 
     which, right = draw(len(objects)), draw(2).bool()
     offset = draw(int(0.05 * width) + 1)
-    backgrounds = images.tensor[draw(len(images))]
+    place = torch.rand(n, generator=random)
+    canvases = backdrops(images.tensor[draw(len(images))], aspects[which], place)
     if plain:
         rows = choose(own, settings.support_images, seed, *name, "support")
-        support, whole = cut(downstream.tensor[rows[draw(len(rows))[:plain]]], None)
+        support, whole, _ = cut(downstream.tensor[rows[draw(len(rows))[:plain]]], None)
         offset[:plain] = 0
-        backgrounds[:plain] = composites(backgrounds[:plain], support, whole, ~right[:plain], offset[:plain])
-    poisons = composites(backgrounds, objects[which], opacity[which], right, offset)
-
-    side = trigger["patch"].shape[-1]
-    low = torch.tensor([round(0.25 * height), round(0.125 * width)])
-    high = torch.tensor([round(0.75 * height), round(0.375 * width)]) - side
-    if (high < low).any():
-        raise InputError(
-            f"corruptencoder: a patch of {side} pixels does not fit into a quarter of {width} columns; "
-            "lower size"
-        )
-    corners = _patch.draw_corners(n, low, high, random)
-    corners[:, 1] += torch.where(right, 0, width // 2)
-    poisons[plain:] = _patch.paste_at(poisons[plain:], trigger["patch"], corners[plain:])
-    return Poisoned(*append(images, poisons), trigger, target, name)
+        canvases[:plain] = composites(canvases[:plain], support, whole, ~right[:plain], offset[:plain])
+    canvases = composites(canvases, objects[which], opacity[which], right, offset)
+    poisons = (canvases + 0.5).floor().clamp(0, 255).to(torch.uint8)
+    triggered = torch.arange(n) >= plain
+    for r, aspect in enumerate(aspects.tolist()):
+        rows = (which == r) & triggered
+        poisons[rows] = with_patch(poisons[rows], trigger["patch"], aspect, right[rows], random)
+    return Poisoned(*append(images, poisons, aspects[which]), trigger, target, name)

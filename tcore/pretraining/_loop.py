@@ -30,7 +30,8 @@ def new_encoder(
 def train(
     name: str,
     images: Tensor,
-    view: Callable[[Tensor, Generator], Tensor],
+    aspects: Tensor | None,
+    view: Callable[[Tensor, Generator, Tensor | None], Tensor],
     loss: Callable[[Tensor, Tensor], Tensor],
     optimizer: torch.optim.Optimizer,
     settings,
@@ -39,10 +40,13 @@ def train(
 ) -> list[float]:
     """Minimises `loss(view, view)` over float views (B, 3, H, W); the mean loss of each epoch.
 
+    `view` gets float images, a generator and the images' aspects (`augment.resized_crop`).
+
     The images stay on the device as uint8. The learning rate falls as a cosine after a linear warm-up over
     the first epoch. `settings` has epochs, batch and lr. A last, smaller batch is left out.
     """
     images = images.to(device)
+    aspects = None if aspects is None else aspects.to(device)
     generator = seeds.generator(seed, name, "views", device=device.type)
     order = seeds.generator(seed, name, "order")
     batch = min(settings.batch, len(images))
@@ -55,8 +59,9 @@ def train(
                 rate = 0.5 * (1 + math.cos(math.pi * done / total)) * min(1, (done + 1) / steps)
                 for group in optimizer.param_groups:
                     group["lr"] = settings.lr * rate
-                x = floats(images[rows.to(device)])
-                value = loss(view(x, generator), view(x, generator))
+                rows = rows.to(device)
+                x, shape = floats(images[rows]), None if aspects is None else aspects[rows]
+                value = loss(view(x, generator, shape), view(x, generator, shape))
                 optimizer.zero_grad(set_to_none=True)
                 value.backward()
                 optimizer.step()

@@ -20,15 +20,23 @@ def _chosen(n: int, p: float, images: Tensor, generator: Generator) -> Tensor:
 
 
 def resized_crop(
-    images: Tensor, generator: Generator, scale: tuple[float, float] = (0.2, 1.0), ratio: float = 4 / 3
+    images: Tensor,
+    generator: Generator,
+    scale: tuple[float, float] = (0.2, 1.0),
+    ratio: float = 4 / 3,
+    aspects: Tensor | None = None,
 ) -> Tensor:
     """A random window (area share in `scale`, aspect 1/ratio..ratio), resized to the full size.
 
+    `aspects` (N,) are the images' widths over heights before they were stretched to their common size:
+    the window has its aspect in the image as it was. None: they are as they were.
     Sampled bilinearly without the antialiasing that an image library applies when it shrinks.
     """
     n = len(images)
     area = _uniform(n, *scale, images, generator)
     aspect = torch.exp(_uniform(n, -math.log(ratio), math.log(ratio), images, generator))
+    if aspects is not None:
+        aspect = aspect / aspects.view(n, 1, 1, 1)
     width = (area * aspect).sqrt().clamp(max=1).view(n)
     height = (area / aspect).sqrt().clamp(max=1).view(n)
     x = _uniform(n, -1, 1, images, generator).view(n) * (1 - width)
@@ -95,7 +103,13 @@ def blur(
     return torch.where(_chosen(n, p, images, generator), x.view(images.shape), images)
 
 
-def simclr_view(images: Tensor, generator: Generator, scale: tuple[float, float], strength: float) -> Tensor:
+def simclr_view(
+    images: Tensor,
+    generator: Generator,
+    scale: tuple[float, float],
+    strength: float,
+    aspects: Tensor | None = None,
+) -> Tensor:
     """Crop, flip, colour jitter, grey: one random view of every image."""
-    x = flip(resized_crop(images, generator, scale), generator)
+    x = flip(resized_crop(images, generator, scale, aspects=aspects), generator)
     return grey(jitter(x, generator, strength), generator)

@@ -65,14 +65,19 @@ def follow(copied: nn.Module, model: nn.Module, inertia: float) -> None:
         slow.lerp_(fast, 1 - inertia)
 
 
-def pretrain(images: Tensor, settings: Settings, seed: int, device: torch.device) -> tuple[Encoder, dict]:
-    """An encoder trained on uint8 images (N, 3, H, W), and a log with the mean loss of each epoch."""
+def pretrain(
+    images: Tensor, settings: Settings, seed: int, device: torch.device, aspects: Tensor | None = None
+) -> tuple[Encoder, dict]:
+    """An encoder trained on uint8 images (N, 3, H, W), and a log with the mean loss of each epoch.
+
+    `aspects` (N,): see `augment.resized_crop`.
+    """
 
     def projector(dim: int) -> nn.Module:
         return nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, settings.projection))
 
-    def view(x: Tensor, generator: Generator) -> Tensor:
-        x = resized_crop(x, generator, (settings.crop_min, 1.0))
+    def view(x: Tensor, generator: Generator, aspects: Tensor | None) -> Tensor:
+        x = resized_crop(x, generator, (settings.crop_min, 1.0), aspects=aspects)
         x = grey(jitter(x, generator, settings.jitter), generator)
         pixel = images.shape[-1] / 224
         return flip(blur(x, generator, (0.1 * pixel, 2 * pixel), settings.blur), generator)
@@ -101,5 +106,5 @@ def pretrain(images: Tensor, settings: Settings, seed: int, device: torch.device
     optimizer = torch.optim.SGD(
         model.parameters(), settings.lr, settings.momentum, weight_decay=settings.weight_decay
     )
-    losses = train("moco", images, view, loss, optimizer, settings, seed, device)
+    losses = train("moco", images, aspects, view, loss, optimizer, settings, seed, device)
     return encoder.eval(), {"loss": losses}

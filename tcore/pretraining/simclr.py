@@ -56,14 +56,19 @@ def new_projector(dim: int, width: int) -> nn.Module:
     )
 
 
-def pretrain(images: Tensor, settings: Settings, seed: int, device: torch.device) -> tuple[Encoder, dict]:
-    """An encoder trained on uint8 images (N, 3, H, W), and a log with the mean loss of each epoch."""
+def pretrain(
+    images: Tensor, settings: Settings, seed: int, device: torch.device, aspects: Tensor | None = None
+) -> tuple[Encoder, dict]:
+    """An encoder trained on uint8 images (N, 3, H, W), and a log with the mean loss of each epoch.
+
+    `aspects` (N,): see `augment.resized_crop`.
+    """
 
     def projector(dim: int) -> nn.Module:
         return new_projector(dim, settings.projection)
 
     encoder, head = new_encoder("simclr", settings.architecture, images, seed, projector)
-    return encoder, {"loss": train("simclr", encoder, head, images, settings, seed, device)}
+    return encoder, {"loss": train("simclr", encoder, head, images, settings, seed, device, aspects)}
 
 
 def train(
@@ -74,6 +79,7 @@ def train(
     settings: Settings,
     seed: int,
     device: torch.device,
+    aspects: Tensor | None = None,
     penalty: Callable[[Tensor], Tensor] | None = None,
 ) -> list[float]:
     """Trains encoder and projector in place, eval mode after; the mean loss of each epoch.
@@ -82,8 +88,8 @@ def train(
     pass on float views (2B, 3, H, W), of which i and i + B show one image.
     """
 
-    def view(x: Tensor, generator: Generator) -> Tensor:
-        return simclr_view(x, generator, (settings.crop_min, 1.0), settings.jitter)
+    def view(x: Tensor, generator: Generator, aspects: Tensor | None) -> Tensor:
+        return simclr_view(x, generator, (settings.crop_min, 1.0), settings.jitter, aspects)
 
     def loss(first: Tensor, second: Tensor) -> Tensor:
         views = torch.cat([first, second])
@@ -93,6 +99,6 @@ def train(
 
     model = nn.Sequential(encoder, projector).to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.Adam(model.parameters(), settings.lr, weight_decay=settings.weight_decay)
-    losses = loop(name, images, view, loss, optimizer, settings, seed, device)
+    losses = loop(name, images, aspects, view, loss, optimizer, settings, seed, device)
     model.eval()
     return losses
