@@ -249,10 +249,9 @@ def _training(clean: Path, received: Path, count: int, notes: list[str]) -> dict
     before, after, truth = _read_images(files[0]), _read_images(files[1]), load_table(files[2])
     covers = _spread(np.flatnonzero(truth["is_cover"]), 2)
     poisons = _spread(np.flatnonzero(truth["is_poison"]), count - len(covers))
-    names = [
-        f"{before.class_names[before.labels[i]]} → {after.class_names[after.labels[i]]}" for i in poisons
-    ]
-    names += [f"{before.class_names[before.labels[i]]}, cover" for i in covers]
+    was, given = (np.array(images.class_names)[images.labels] for images in (before, after))
+    names = [was[i] if was[i] == given[i] else f"{was[i]} → {given[i]}" for i in poisons]
+    names += [f"{was[i]}, cover" for i in covers]
     rows = np.concatenate([poisons, covers])
     return _strip(before.tensor[rows], after.tensor[rows], names) if len(rows) else None
 
