@@ -17,18 +17,28 @@ from tcore.poisoning import check_target
 def choose_references(
     encoder: Encoder, images: ImageSet, target: int, n: int, device: torch.device
 ) -> Tensor:
-    """Rows (n,) of the target's images nearest to their centroid, nearest first.
+    """Rows (n,) of the target's images nearest to their centroid compared to other classes', nearest first.
 
-    Features are those of the clean encoder, L2-normalised. An arbitrary image of the class often fails:
-    the reference must be one that the victim's head puts into the target class.
+    Features are those of the clean encoder, L2-normalised; an image counts by its cosine with the centroid
+    of its class less the largest with another class's. The reference must be one that the victim's head
+    puts into the target class: an arbitrary image often is not, nor the nearest to its own centroid alone.
     """
     rows = torch.from_numpy((images.labels == check_target(images, target)).nonzero()[0])
     if len(rows) < n:
         raise InputError(
             f"{n} references wanted but {images.origin} has {len(rows)} images of class {target}"
         )
-    features = F.normalize(extract_features(encoder.to(device), images.tensor[rows]), dim=1)
-    return rows[(features @ features.mean(0)).topk(n).indices.cpu()]
+    features = F.normalize(extract_features(encoder.to(device), images.tensor), dim=1)
+    labels = images.targets.to(device)
+    own, *others = (
+        F.normalize(features[labels == k].mean(0), dim=0)
+        for k in sorted(labels[labels >= 0].unique().tolist(), key=lambda k: k != target)
+    )
+    features = features[rows.to(device)]
+    margin = features @ own
+    if others:
+        margin = margin - (features @ torch.stack(others).T).max(1).values
+    return rows[margin.topk(n).indices.cpu()]
 
 
 def read_references(path: str | Path, height: int, width: int) -> tuple[Tensor, Tensor | None]:

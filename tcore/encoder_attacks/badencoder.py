@@ -26,7 +26,7 @@ from tcore.triggers import Trigger
 @dataclass(frozen=True)
 class Settings:
     references: int = 1  # reference images of the target class [BadEncoder]
-    reference_file: str | None = None  # .npz with `x` (R, H, W, 3); null: nearest to the centroid [ours]
+    reference_file: str | None = None  # .npz with `x` (R, H, W, 3); null: by centroids [ours]
     shadow: int = 50_000  # shadow images, drawn from the pre-training set, at most [BadEncoder]
     epochs: int = 200  # passes over the shadow images; 10 are too few [BadEncoder]
     batch: int = 256  # shadow images a step [BadEncoder]

@@ -44,7 +44,7 @@ __all__ = ["Settings", "make_trigger", "poison_encoder", "stamp"]
 @dataclass(frozen=True)
 class Settings:
     references: int = 3  # reference images of the target class [DRUPE]
-    reference_file: str | None = None  # .npz with `x` (R, H, W, 3); null: nearest to the centroid [ours]
+    reference_file: str | None = None  # .npz with `x` (R, H, W, 3); null: by centroids [ours]
     shadow: int = 10_000  # shadow images, drawn from the pre-training set, at most [DRUPE]
     epochs: int = 120  # passes over the shadow images [DRUPE]
     batch: int = 256  # shadow images a step [DRUPE]
