@@ -140,6 +140,12 @@ def code_of_defense(wildcards):
     return provenance.code("defend", f"defenses/{experiment['variants'][wildcards.defense]['defense']}")
 
 
+def code_of_input_detector(wildcards):
+    variant = experiment["variants"][wildcards.defense]
+    attacks = (f"{attack}s/{wildcards[attack]}" for attack in ("encoder_attack", "dataset_attack"))
+    return provenance.code("score_inputs", f"defenses/{variant['defense']}", *attacks)
+
+
 def settings_of_defense(wildcards):
     variant = experiment["variants"][wildcards.defense]
     return canonical(
@@ -178,6 +184,12 @@ def of_baseline(file, kind=None):
     return path
 
 
+def scored_inputs(wildcards):
+    """An input detector's scores of test images; other defences have none."""
+    inputs = experiment["variants"].get(wildcards.defense, {}).get("inputs")
+    return expand(f"data/results/{CELL}/{{defense}}/inputs.parquet", **wildcards) if inputs else []
+
+
 # Evaluation
 
 
@@ -212,6 +224,8 @@ def records(wildcards):
     for step in (rules.sift, rules.expand, rules.filter_channels, rules.bootstrap):
         found.update(expand(step.output.record, zip, **CELLS_OF_TCORE))
     found.update(expand(rules.defend.output.record, zip, **CELLS_OF_BASELINES))
+    inputs = CELLS_OF_BASELINES[[experiment["variants"][d]["inputs"] for d in CELLS_OF_BASELINES["defense"]]]
+    found.update(expand(rules.score_inputs.output.record, zip, **inputs))
     found.update(map(received("poison_dataset.run.json"), CELLS.to_dict("records")))
     found.update(
         expand(rules.prepare_dataset.output.record, dataset={*CELLS["pretrain"], *CELLS["downstream"]})

@@ -83,3 +83,36 @@ use rule defend as detect with:
         settings=settings_of_defense,
         optional=flags("trusted", "oracle"),
         samples=lambda wildcards, output: f"--samples {output.samples}",
+
+
+# The evaluator: input detectors in use.
+rule score_inputs:
+    input:
+        model="data/defended/<cell>/none/model.safetensors",
+        features="data/defended/<cell>/features.safetensors",
+        images=received("train.parquet"),
+        trusted=trusted_samples,
+        test="data/datasets/{downstream}/test.parquet",
+        encoder_trigger="data/encoders/{pretrain}-{encoder_attack}/{downstream}/{seed}/trigger.safetensors",
+        dataset_trigger=received("trigger.safetensors"),
+    output:
+        inputs="data/results/<cell>/{defense}/inputs.parquet",
+        record="data/results/<cell>/{defense}/score_inputs.run.json",
+    log:
+        "<logs>/score_inputs/<cell>/{defense}.log",
+    resources:
+        gpu=1,
+    params:
+        code=code_of_input_detector,
+        defense=lambda wildcards: experiment["variants"][wildcards.defense]["defense"],
+        settings=settings_of_defense,
+        optional=flags("trusted"),
+    message:
+        "The evaluator shows clean and triggered test images to {wildcards.defense}"
+        " ({wildcards.encoder_attack}, {wildcards.dataset_attack}, seed {wildcards.seed})"
+    shell:
+        "python scripts/score_inputs.py --defense {params.defense} --model {input.model}"
+        " --features {input.features} --images {input.images} {params.optional} --test {input.test}"
+        " --encoder-trigger {input.encoder_trigger} --dataset-trigger {input.dataset_trigger}"
+        " --settings {params.settings:q} --seed {wildcards.seed}"
+        " --inputs {output.inputs} --record {output.record} > {log} 2>&1"

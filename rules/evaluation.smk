@@ -37,6 +37,7 @@ rule evaluate:
         channels=of_tcore("channels.safetensors"),
         samples=of_baseline("samples.parquet", "detector"),
         defended=of_baseline("defend.run.json"),
+        inputs=scored_inputs,
     output:
         metrics="data/results/<cell>/{defense}/metrics.parquet",
         record="data/results/<cell>/{defense}/evaluate.run.json",
@@ -45,7 +46,7 @@ rule evaluate:
     params:
         code=code("evaluate"),
         identity=identity,
-        optional=flags("seeds", "subset", "pool", "channels", "samples", "defended"),
+        optional=flags("seeds", "subset", "pool", "channels", "samples", "defended", "inputs"),
     message:
         "The evaluator measures: {wildcards.encoder_attack}, {wildcards.dataset_attack},"
         " defence {wildcards.defense} (seed {wildcards.seed})"

@@ -4,33 +4,14 @@ import argparse
 import json
 
 import pandas as pd
-import torch
 
 from tcore import defense, registry, selection
 from tcore import device as devices
 from tcore.cli import run
-from tcore.data.images import ImageSet, read_images
-from tcore.files import InputError, load_json, load_table, load_tensors, save_table
+from tcore.files import InputError, load_json, save_table
 from tcore.models import head as heads
-from tcore.models.classifier import load_classifier, save_classifier
+from tcore.models.classifier import save_classifier
 from tcore.run import record
-
-
-def read_trusted(path: str | None, images: ImageSet) -> torch.Tensor | None:
-    """The trusted rows (n,) bool of a table with `granted` (by the scenario), `trusted` (T-Core's seeds) or
-    `round` (its clean subset)."""
-    if path is None:
-        return None
-    table = load_table(path)
-    if "index" not in table or sorted(table["index"]) != sorted(images.index):
-        raise InputError(f"{path}: its indices are not those of the images; make it anew")
-    table = table.set_index("index").loc[images.index]
-    for column in ("granted", "trusted"):
-        if column in table:
-            return torch.from_numpy(table[column].to_numpy(bool, copy=True))
-    if "round" in table:
-        return torch.from_numpy((table["round"] >= 0).to_numpy(copy=True))
-    raise InputError(f"{path}: no column granted, trusted or round, so nothing in it says what to trust")
 
 
 def main() -> None:
@@ -57,25 +38,16 @@ def main() -> None:
     known = {name: load_json(args.oracle)[name] for name in method.ORACLE} if args.oracle else {}
     settings = method.Settings(**args.settings["defense"] | known)
     with record(args.record, "defend", args.settings | {"name": args.defense}, args.seed, device) as log:
-        images = read_images(args.images)
-        suspect = load_classifier(args.model).to(device)
-        trusted = read_trusted(args.trusted, images) if method.CLEAN else None
-        received = defense.Received(
-            model=suspect,
-            images=images.tensor.to(device),
-            labels=images.targets.to(device),
-            features=load_tensors(args.features)[0]["features"].to(device),
-            classes=images.num_classes,
-            clean=None if trusted is None else trusted.to(device),
-            head=heads.Settings(**args.settings["head"]),
-        )
+        trusted = args.trusted if method.CLEAN else None
+        head = heads.Settings(**args.settings["head"])
+        received, images = defense.receive(args.model, args.features, args.images, trusted, head, device)
         table = pd.DataFrame(
             {
                 "index": images.index,
                 "label": images.labels,
                 "score": float("nan"),
                 "kept": True,
-                "trusted": False if trusted is None else trusted.numpy(),
+                "trusted": False if trusted is None else received.clean.cpu().numpy(),
             }
         )
         try:
@@ -88,7 +60,7 @@ def main() -> None:
                 model, found = defense.repair(method, received, settings, args.seed)
                 log |= found
         except defense.NotApplicable as reason:
-            model = suspect  # all that the user is left with; the evaluator reads the reason
+            model = received.model  # all that the user is left with; the evaluator reads the reason
             log["not_applicable"] = str(reason)
         save_classifier(args.model_out, model.cpu(), images.class_names)
         if args.samples:

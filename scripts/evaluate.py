@@ -19,6 +19,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", help="of T-Core") for name in ("seeds", "subset", "pool", "channels")
     ]
     parser.add_argument("--samples", help="of a detector")
+    parser.add_argument("--inputs", help="of an input detector: its scores of test images")
     parser.add_argument("--defended", help="of a baseline defence: the record of its step")
     parser.add_argument(
         "--identity", type=json.loads, required=True, help=f"JSON with {', '.join(results.IDENTITY)}"
@@ -56,6 +57,9 @@ def main() -> None:
             truth = results.need(load_table(args.truth), ["index", "is_poison", "is_cover"], args.truth)
             samples = results.need(load_table(args.samples), list(results.SAMPLES), args.samples)
             rows += results.detector_rows(truth, samples)
+        if args.inputs:
+            inputs = results.need(load_table(args.inputs), ["label", "view", "score"], args.inputs)
+            rows += results.input_rows(inputs, metas, args.identity.get("dataset_attack"))
         save_table(args.metrics, results.tidy(args.identity, rows))
 
 

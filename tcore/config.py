@@ -114,6 +114,7 @@ def _variant(where: str, variant: dict, methods: dict, trusted: dict) -> dict:
     return {
         "defense": defense,
         "kind": declared["KIND"],
+        "inputs": declared.get("INPUTS", False),
         "settings": _resolve(defense, overrides, where),
         "selection": selection,
         "oracle": declared["ORACLE"] if oracle else (),

@@ -8,23 +8,26 @@ A defence is a file with `Settings`, a docstring and constants that declare what
     CLEAN       whether it needs clean samples that it can trust
     NEEDS_NORM  whether it needs batch norm in the encoder
     ORACLE      settings that no real defender knows and an evaluator can fill in, such as ("poison_rate",)
+    INPUTS      optional, of a detector: score_inputs(images, received, settings, seed) -> (N,) float scores
+                images of later use
 
-An input detector also has `score_inputs(images, received, settings, seed)`, for images of later use.
 After a detector, all train the same head on what is kept, so results compare detectors and not
 trainers. Methods that cannot be applied raise `NotApplicable`; their result is a row with the reason.
 """
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 from tcore import selection
-from tcore.files import InputError
+from tcore.data.images import ImageSet, read_images
+from tcore.files import InputError, load_table, load_tensors
 from tcore.models import head as heads
-from tcore.models.classifier import Classifier
+from tcore.models.classifier import Classifier, load_classifier
 from tcore.models.encoder import Encoder, floats
 
 LAYERS = ("encoder", "hidden", "penultimate")
@@ -87,6 +90,43 @@ class Whole(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.activations(images)[2]
+
+
+def receive(
+    model: str | Path,
+    features: str | Path,
+    images: str | Path,
+    trusted: str | Path | None,
+    head: heads.Settings,
+    device: torch.device,
+) -> tuple[Received, ImageSet]:
+    """What files hold for a defender, on a device, and the images as they were read."""
+    received = read_images(images)
+    clean = None if trusted is None else read_trusted(trusted, received).to(device)
+    return Received(
+        model=load_classifier(model).to(device),
+        images=received.tensor.to(device),
+        labels=received.targets.to(device),
+        features=load_tensors(features)[0]["features"].to(device),
+        classes=received.num_classes,
+        clean=clean,
+        head=head,
+    ), received
+
+
+def read_trusted(path: str | Path, images: ImageSet) -> Tensor:
+    """The trusted rows (n,) bool of a table with `granted` (by the scenario), `trusted` (T-Core's seeds) or
+    `round` (its clean subset)."""
+    table = load_table(path)
+    if "index" not in table or sorted(table["index"]) != sorted(images.index):
+        raise InputError(f"{path}: its indices are not those of the images; make it anew")
+    table = table.set_index("index").loc[images.index]
+    for column in ("granted", "trusted"):
+        if column in table:
+            return torch.from_numpy(table[column].to_numpy(bool, copy=True))
+    if "round" in table:
+        return torch.from_numpy((table["round"] >= 0).to_numpy(copy=True))
+    raise InputError(f"{path}: no column granted, trusted or round, so nothing in it says what to trust")
 
 
 @torch.no_grad()

@@ -133,12 +133,14 @@ def title(defense: str) -> str:
 
 
 def detections(found: pd.DataFrame) -> list[dict]:
-    """Per victim and detector, means over seeds: what it dropped, AUROC, the cleanest of each class."""
-    own = found[found["stage"].isin(["detect", "cleanest"])]
+    """Per victim and detector, means over seeds: what it dropped, AUROCs, the cleanest of each class."""
+    own = found[found["stage"].isin(["detect", "cleanest", "inputs"])]
     lines = []
     for key, cell in own.groupby([*VICTIM, "defense"], sort=True):
         value = cell.groupby("metric")["value"].mean()
-        lines.append(dict(zip([*VICTIM, "defense"], key, strict=True)) | value.to_dict())
+        line = dict(zip([*VICTIM, "defense"], key, strict=True)) | value.to_dict()
+        line["in_use"] = [value[metric] for metric in ("auroc_encoder", "auroc_dataset") if metric in value]
+        lines.append(line)
     return sorted(lines, key=lambda line: list(SCENARIOS).index(line["scenario"]))
 
 

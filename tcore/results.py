@@ -12,6 +12,7 @@ expand      round           the same of the clean subset so far
 bootstrap   round           the same of the clean pool so far; without a round tpr and fpr of what it left out
 filter      convolution     channels, untrusted, mask_mean, mask_min (convolutions in name order, from 0)
 detect      -               tpr and fpr of what a detector dropped, auroc of its score; no trusted samples
+inputs      -               auroc_t of an input detector: triggered test images against clean ones
 cleanest    -               size, poisons, ... of the CLEANEST of each class, by that score
 cost        -               seconds (sum), peak_ram_mb, peak_gpu_mb (maximum) of the defence's own steps
 
@@ -59,6 +60,15 @@ def not_applicable(reason: str) -> dict:
     return _row("defense", None, "not_applicable", np.nan) | {"note": reason}
 
 
+def _own_triggers(triggers: dict[str, dict], dataset_attack: str) -> dict[str, dict]:
+    """Those to report: no clean attacker's, and the encoder's alone where both share one."""
+    return {
+        name: meta
+        for name, meta in triggers.items()
+        if meta.get("attack") != "clean" and not (name == "dataset" and dataset_attack == "adaptive")
+    }
+
+
 def test_rows(predictions: pd.DataFrame, triggers: dict[str, dict], dataset_attack: str) -> list[dict]:
     """Accuracy and attack success from predictions (`label`, `view`, `prediction`).
 
@@ -68,11 +78,7 @@ def test_rows(predictions: pd.DataFrame, triggers: dict[str, dict], dataset_atta
         view: (rows["prediction"].to_numpy(), rows["label"].to_numpy())
         for view, rows in predictions.groupby("view")
     }
-    wanted = {
-        name: meta
-        for name, meta in triggers.items()
-        if meta.get("attack") != "clean" and not (name == "dataset" and dataset_attack == "adaptive")
-    }
+    wanted = _own_triggers(triggers, dataset_attack)
     for view in ("clean", *(f"{name}_trigger" for name in wanted)):
         if view not in views:
             raise InputError(f"predictions: no row has view {view!r}; predict this cell anew")
@@ -144,6 +150,19 @@ def detector_rows(truth: pd.DataFrame, samples: pd.DataFrame) -> list[dict]:
         _row("detect", None, "auroc", metrics.auroc(score[judged], is_poison[judged])),
         *(_row("cleanest", None, metric, value) for metric, value in found.items()),
     ]
+
+
+def input_rows(inputs: pd.DataFrame, triggers: dict[str, dict], dataset_attack: str) -> list[dict]:
+    """How well scores (`label`, `view`, `score`) tell triggered images of other classes from clean ones."""
+    rows = []
+    for name, meta in _own_triggers(triggers, dataset_attack).items():
+        triggered = inputs["view"] == f"{name}_trigger"
+        shown = inputs[(inputs["view"] == "clean") | (triggered & (inputs["label"] != meta["target"]))]
+        is_triggered = (shown["view"] != "clean").to_numpy()
+        rows.append(
+            _row("inputs", None, f"auroc_{name}", metrics.auroc(shown["score"].to_numpy(), is_triggered))
+        )
+    return rows
 
 
 def layers(tensors: dict) -> list[str]:

@@ -257,6 +257,30 @@ def test_detector_rows_by_hand():
     assert (found["cleanest", "size"], found["cleanest", "poisons"]) == (1, 1)
 
 
+def test_input_detectors_are_judged_on_images_of_other_classes():
+    inputs = pd.DataFrame(
+        {
+            "label": [0, 1, 2, 0, 1, 2, 0, 1, 2],
+            "view": ["clean"] * 3 + ["encoder_trigger"] * 3 + ["dataset_trigger"] * 3,
+            "score": [1, 2, 3, 0, 9, 2.5, 0, 0, 9],
+        }
+    )
+    triggers = {"encoder": {"attack": "x", "target": 0}, "dataset": {"attack": "y", "target": 2}}
+    found = numbers(results.input_rows(inputs, triggers, "y"))
+    assert found == {("inputs", "auroc_encoder"): pytest.approx(5 / 6), ("inputs", "auroc_dataset"): 0}
+    assert len(results.input_rows(inputs, triggers, "adaptive")) == 1
+    assert results.input_rows(inputs, {"encoder": {"attack": "clean"}}, "y") == []
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if hasattr(registry.load("defenses", n), "score_inputs")])
+def test_input_detectors_score_an_image_by_itself(name):
+    method, received = registry.load("defenses", name), tiny()
+    assert method.INPUTS
+    whole = method.score_inputs(received.images[:30], received, quick(method), 0)
+    parts = [method.score_inputs(part, received, quick(method), 0) for part in received.images[:30].split(11)]
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-5)
+
+
 def test_the_cleanest_are_one_percent_of_each_class():
     labels = np.arange(600) % 2
     score = np.arange(600.0)

@@ -308,3 +308,26 @@ def test_missing_pieces_are_noted(world, tmp_path):
     page = report.render(context, ROOT / "workflow/report.html.jinja")
     assert "No pictures of badencoder" in page and "No look inside T1" in page and "No run records" in page
     assert not Tags(page).open
+
+
+def test_detectors_have_a_table_and_what_cannot_be_applied_says_why(world):
+    found = pd.read_parquet(world.data / "results/results.parquet")
+    cell = found[(found["defense"] == "none") & (found["scenario"] == "T1+T2")]
+    numbers = {"tpr": 0.75, "fpr": 0.015, "auroc": 0.987, "size": 4, "poisons": 1, "auroc_dataset": 0.654}
+    stage = {"size": "cleanest", "poisons": "cleanest", "auroc_dataset": "inputs"}
+    rows = [
+        cell.iloc[0].to_dict()
+        | {"defense": "strip", "stage": stage.get(m, "detect"), "metric": m, "value": v}
+        for m, v in numbers.items()
+    ]
+    tested = cell[cell["stage"] == "test"].assign(defense="strip")
+    reason = results.not_applicable("it needs <moons>")
+    rows.append(cell.iloc[0].to_dict() | {"defense": "clp"} | reason)
+    context = report.build(pd.concat([found, tested, pd.DataFrame(rows)], ignore_index=True), world.data)
+    assert [line["defense"] for line in context["detections"]] == ["strip"]
+    page = report.render(context, ROOT / "workflow/report.html.jinja")
+    text = " ".join(" ".join(Tags(page).text).split())
+    for shown in ("75.0 %", "1.5 %", "0.987", "1 of 4", "0.654"):
+        assert shown in text, shown
+    assert "n/a it needs <moons>" in text and "clp could not be applied anywhere" in text
+    assert "clp missed" not in text and "What the detectors found" not in world.html

@@ -55,6 +55,16 @@ def test_defaults_are_the_papers_where_it_states_them():
         "simclr": {"epochs": 1000, "batch": 256, "lr": 1e-3, "weight_decay": 1e-6, "temperature": 0.5},
         "head": {"hidden": (512, 256), "lr": 1e-4, "batch": 64, "epochs": 500},
         "badencoder": {"epochs": 200, "batch": 256, "lr": 1e-3, "lambda1": 1.0, "lambda2": 1.0},
+        # the detectors' papers or released code
+        "ac": {"dimensions": 10, "share": 0.35},
+        "spectral": {"factor": 1.5, "cap": 0.5},
+        "spectre": {"alpha": 4.0, "factor": 1.5, "dimensions": 100},
+        "strip": {"overlays": 64, "alpha": 0.5, "fpr": 0.05},
+        "scale_up": {"factors": (3, 5, 7, 9, 11), "threshold": 0.5},
+        "ibd_psc": {"omega": 1.5, "models": 5, "xi": 0.6, "threshold": 0.9},
+        "ct": {"ratios": (0.5, 0.2, 0.04, 0.02, 0.01), "batch": 32, "ratio_sure": 2.0, "ratio_top": 1.5},
+        "asset": {"inner_steps": 100, "batch": 512, "lr": 1e-4, "outlyingness": 2.0, "level": 1e-6},
+        "meta_sift": {"sifters": 5, "batch": 128, "lr": 1e-4, "v_lr": 5e-4, "keep": 0.02},
     }
     for method, values in stated.items():
         assert {name: resolve(method)[name] for name in values} == values, method

@@ -25,6 +25,7 @@ KIND = "detector"
 CLEAN = True
 NEEDS_NORM = True
 ORACLE = ()
+INPUTS = True
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ KIND = "detector"
 CLEAN = False
 NEEDS_NORM = False
 ORACLE = ()
+INPUTS = True
 TIE = 0.01  # weight of the confidence
 
 

@@ -72,15 +72,15 @@ def quadratic(points: Tensor, matrix: Tensor) -> Tensor:
     return (points @ matrix * points).sum(1)
 
 
-def widest(points: Tensor, steps: int = 20) -> Tensor:
+def widest(points: Tensor, start: Tensor | None = None, steps: int = 20, tolerance: float = 1e-2) -> Tensor:
     """The symmetric unit matrix q (k, k) with the largest variance of w' q w, by power iteration."""
     far = points[points.square().sum(1).argmax()]
-    q = far.outer(far)
+    q = far.outer(far) if start is None else start
     for _ in range(steps):
         q = q / q.norm().clamp(min=1e-30)
         values = quadratic(points, q)
         last, q = q, (points * (values - values.mean())[:, None]).T @ points / len(points)
-        if (q / q.norm().clamp(min=1e-30) - last).norm() < 1e-3:
+        if (q / q.norm().clamp(min=1e-30) - last).norm() < tolerance:
             break
     return q / q.norm().clamp(min=1e-30)
 
@@ -101,13 +101,14 @@ def tail_cut(deviation: Tensor, rate: float) -> Tensor:
 def robust_whitener(points: Tensor, rate: float, most: int, tau: float = 0.1) -> Tensor:
     """`whitener` of the points (n, k) that the filter leaves; it drops at most `most`."""
     n, k = points.shape
-    left = points
+    left, q = points, None
     while True:
         transform = whitener(left)
         white = left @ transform
         drop = white.square().sum(1) >= 10 * k * math.log(len(left) / tau)
         if not drop.any():
-            values = quadratic(white, widest(white))
+            q = widest(white, q)
+            values = quadratic(white, q)
             if values.var() / 2 <= 1 + 10 * rate * math.log(1 / rate) ** 2:
                 return transform
             drop = tail_cut((values - values.median()).abs() / math.sqrt(2), rate)

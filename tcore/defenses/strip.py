@@ -27,6 +27,7 @@ KIND = "detector"
 CLEAN = True
 NEEDS_NORM = False
 ORACLE = ()
+INPUTS = True
 
 
 @dataclass(frozen=True)
