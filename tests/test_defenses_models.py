@@ -543,7 +543,7 @@ def test_the_student_takes_over_the_teachers_attention(received):
 
 
 class Digits:
-    """2,000 digits of 14 pixels, 200 of them poisons with a patch of 3, and a network trained on all of it."""
+    """2,000 digits of 14 pixels, 200 of them poisons with a patch of 3, and a network trained on all."""
 
     def __init__(self):
         source = registry.load("data/sources", "mnist5k")
