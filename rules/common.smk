@@ -1,4 +1,5 @@
 # The experiment's grid, and how rules find out what they need: their digest of code, settings and files.
+import hashlib
 import json
 
 from snakemake.exceptions import WorkflowError
@@ -13,6 +14,7 @@ except InputError as error:
     raise WorkflowError(str(error)) from None
 
 CELLS = grid.cells(experiment)
+GRID = json.dumps({axis: experiment[axis] for axis in grid.AXES}, sort_keys=True)
 CELLS_OF_TCORE = CELLS[CELLS["defense"] == "tcore"]
 CELLS_OF_BASELINES = CELLS[CELLS["defense"].isin(experiment["variants"])]
 
@@ -254,6 +256,13 @@ def records(wildcards):
         expand(rules.prepare_dataset.output.record, dataset={*CELLS["pretrain"], *CELLS["downstream"]})
     )
     return sorted(found)
+
+
+def there(wildcards):
+    """Changes with the cells that have results by now."""
+    paths = map(Path, expand(rules.evaluate.output.metrics, zip, **CELLS))
+    found = [(str(path), path.stat().st_mtime_ns) for path in paths if path.is_file()]
+    return hashlib.sha256(canonical(found).encode()).hexdigest()[:16]
 
 
 def shown(wildcards):

@@ -32,7 +32,7 @@ import numpy as np
 import pandas as pd
 
 from tcore import grid, metrics, registry
-from tcore.files import InputError
+from tcore.files import InputError, load_json, load_table
 
 IDENTITY = list(grid.COLUMNS)
 CELL = IDENTITY[:-1]  # without the seed
@@ -246,6 +246,25 @@ def versions(records: list[dict]) -> dict[str, str]:
     return {package: " / ".join(sorted(found)) for package, found in sorted(seen.items())}
 
 
+def read(data: Path, cells: pd.DataFrame, available: bool = False) -> tuple[list, dict[Path, dict]]:
+    """The tables of the grid's cells, from the folder `data`, and the run records of all steps behind them.
+
+    A cell without a table is an error or, if only what is `available` is asked for, left out.
+    """
+    tables, behind = [], set()
+    for cell in cells.to_dict("records"):
+        places = folders(cell)
+        path = data / places["results"] / "metrics.parquet"
+        if available and not path.is_file():
+            continue
+        tables.append(need(load_table(path), [*IDENTITY, *NUMBERS], path))
+        behind.update(places.values())
+    if not tables:
+        raise InputError(f"{data}: no cell of the grid is there yet; compute one first")
+    paths = (path for folder in sorted(behind) for path in sorted((data / folder).glob("*.run.json")))
+    return tables, {path: load_json(path) for path in paths}
+
+
 def collect(tables: list[pd.DataFrame], records: dict[Path, dict]) -> pd.DataFrame:
     """All cells in one table, with cost rows and the columns `config` and `versions`.
 
@@ -274,9 +293,7 @@ def collect(tables: list[pd.DataFrame], records: dict[Path, dict]) -> pd.DataFra
     results = pd.concat(parts, ignore_index=True).sort_values(IDENTITY, kind="stable", ignore_index=True)
     twice = results[results.duplicated([*IDENTITY, "stage", "step", "metric"])]
     if len(twice):
-        raise InputError(
-            f"--metrics: the cell {twice.iloc[0][IDENTITY].to_dict()} occurs twice; name each file once"
-        )
+        raise InputError(f"the cell {twice.iloc[0][IDENTITY].to_dict()} occurs twice; name it once")
     return results
 
 
