@@ -135,5 +135,6 @@ use rule make_report as preview_report with:
 rule preview:
     input:
         "data/preview/report.html",
+        lambda wildcards: expand("data/preview/table_{table}.md", table=tables_in_grid()),
     message:
-        "Open {input}"
+        "Open {input[0]}"

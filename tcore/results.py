@@ -308,26 +308,29 @@ def summary(results: pd.DataFrame) -> dict:
     return nested
 
 
-def overview(results: pd.DataFrame) -> pd.DataFrame:
-    """One row per cell without its seed: mean, sd and 95 % interval of the outcomes, n seeds, mean cost.
+def over_seeds(rows: pd.DataFrame, largest: float = 1.0) -> tuple[float, float, float]:
+    """(mean, low, high) of one metric, a row a seed; NaN for no row.
 
-    The interval is Student's t over seeds, cut to [0, 1]; with a single seed it is that of the
+    The 95 % interval is Student's t over seeds, cut to [0, `largest`]; with a single seed it is that of the
     share over test images.
     """
+    if rows.empty:
+        return np.nan, np.nan, np.nan
+    mean, low, high = metrics.t_interval(rows["value"])
+    if len(rows) == 1:
+        low, high = rows.iloc[0][["low", "high"]].astype(float)
+    return mean, *np.clip([low, high], 0, largest)
+
+
+def overview(results: pd.DataFrame) -> pd.DataFrame:
+    """One row per cell without its seed: outcomes with sd and `over_seeds`, n seeds, mean cost."""
     lines = []
     for key, cell in results.groupby(CELL, sort=True):
         line = dict(zip(CELL, key, strict=True)) | {"n": cell["seed"].nunique()}
         for metric in OUTCOMES:
             rows = cell[(cell["stage"] == "test") & (cell["metric"] == metric)]
-            values = rows["value"].to_numpy()
-            if len(values):
-                mean, low, high = metrics.t_interval(values)
-                if len(values) == 1:
-                    low, high = rows.iloc[0][["low", "high"]]
-                low, high = np.clip([low, high], 0, 1)
-                sd = values.std(ddof=1) if len(values) > 1 else np.nan
-            else:
-                mean = sd = low = high = np.nan
+            mean, low, high = over_seeds(rows)
+            sd = rows["value"].std()
             line |= {f"{metric}_mean": mean, f"{metric}_sd": sd, f"{metric}_low": low, f"{metric}_high": high}
         cost = cell[cell["stage"] == "cost"].groupby("metric")["value"].mean()
         line |= {metric: cost.get(metric, np.nan) for metric in COSTS}
