@@ -397,3 +397,22 @@ def test_detectors_have_a_table_and_what_cannot_be_applied_says_why(world):
         assert shown in text, shown
     assert "n/a it needs <moons>" in text and "clp could not be applied anywhere" in text
     assert "clp missed" not in text and "What the detectors found" not in world.html
+
+
+def test_a_table_of_the_paper_from_the_files_of_cells(world, tmp_path):
+    lines = ["table,pretrain,downstream,encoder_attack,dataset_attack,defense,stage,metric,value"]
+    lines += [f"9,scenes,signs,badencoder,badnets,{name},test,asr_dataset,7.5" for name in ("none", "tcore")]
+    lines += ["9,scenes,signs,badencoder,sig,none,test,acc,50"]
+    (tmp_path / "published.csv").write_text("\n".join(lines))
+    command(
+        "tabulate", "--table", "9", "--published", tmp_path / "published.csv",
+        "--grid", json.dumps(world.axes()), "--data", world.data, "--markdown", tmp_path / "table.md",
+        "--csv", tmp_path / "table.csv", "--record", tmp_path / "table.run.json",
+    )  # fmt: skip
+    found = pd.read_csv(tmp_path / "table.csv").set_index("defense")
+    own = rows_of(world, "T1+T2").query("metric == 'asr_dataset'").iloc[0]
+    measured = found.loc["tcore", ["reproduced", "low", "high", "difference"]].tolist()
+    expected = [100 * own["value"], 100 * own["low"], 100 * own["high"], 100 * own["value"] - 7.5]
+    assert measured == pytest.approx(expected, rel=1e-5)
+    assert "2 of 3 cells are there." in (tmp_path / "table.md").read_text()
+    assert load_json(tmp_path / "table.run.json")["log"] == {"cells": 2, "there": 2}
