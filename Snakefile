@@ -39,6 +39,7 @@ include: "rules/user.smk"
 include: "rules/tcore.smk"
 include: "rules/defenses.smk"
 include: "rules/evaluation.smk"
+include: "rules/tables.smk"
 
 
 # `dvc commit` wants every folder that it tracks, also after a run that stopped early.

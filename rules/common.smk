@@ -1,9 +1,10 @@
 # The experiment's grid, and how rules find out what they need: their digest of code, settings and files.
+import hashlib
 import json
 
 from snakemake.exceptions import WorkflowError
 
-from tcore import grid, provenance, registry
+from tcore import grid, provenance, registry, tables
 from tcore.config import validate
 from tcore.files import InputError
 
@@ -13,6 +14,7 @@ except InputError as error:
     raise WorkflowError(str(error)) from None
 
 CELLS = grid.cells(experiment)
+GRID = json.dumps({axis: experiment[axis] for axis in grid.AXES}, sort_keys=True)
 CELLS_OF_TCORE = CELLS[CELLS["defense"] == "tcore"]
 CELLS_OF_BASELINES = CELLS[CELLS["defense"].isin(experiment["variants"])]
 
@@ -25,6 +27,7 @@ wildcard_constraints:
     dataset_attack="|".join({"clean", *CELLS["dataset_attack"]}),
     defense="|".join(CELLS["defense"].unique()),
     seed="[0-9]+",
+    table="[0-9]+",
 
 
 def code(script, *attacks):
@@ -254,6 +257,28 @@ def records(wildcards):
         expand(rules.prepare_dataset.output.record, dataset={*CELLS["pretrain"], *CELLS["downstream"]})
     )
     return sorted(found)
+
+
+def there(wildcards):
+    """Changes with the cells that have results by now."""
+    paths = map(Path, expand(rules.evaluate.output.metrics, zip, **CELLS))
+    found = [(str(path), path.stat().st_mtime_ns) for path in paths if path.is_file()]
+    return hashlib.sha256(canonical(found).encode()).hexdigest()[:16]
+
+
+def tables_in_grid():
+    """The paper's tables of which the grid has cells."""
+    return [table for table in tables.TITLES if len(tables.cells(table, REPORTED, CELLS))]
+
+
+def metrics_of_table(wildcards):
+    """What is measured of the grid's cells that one of the paper's tables is about."""
+    own = tables.cells(int(wildcards.table), REPORTED, CELLS)
+    if own.empty:
+        raise WorkflowError(
+            f"table {wildcards.table}: no cell of the grid is in it; run with --configfile config/paper.yaml"
+        )
+    return expand(rules.evaluate.output.metrics, zip, **own)
 
 
 def shown(wildcards):

@@ -69,10 +69,12 @@ rule collect:
         "<logs>/collect.log",
     params:
         code=code("collect"),
+        grid=GRID,
+        optional="",
     message:
         "Collecting all results"
     shell:
-        "python scripts/collect.py --metrics {input.metrics} --records {input.records}"
+        "python scripts/collect.py --grid {params.grid:q} --data data {params.optional}"
         " --results {output.results} --summary {output.summary} --table {output.table}"
         " --record {output.record} > {log} 2>&1"
 
@@ -89,8 +91,50 @@ rule make_report:
         "<logs>/make_report.log",
     params:
         code=code_of_report,
+        grid=GRID,
     message:
         "Writing the report"
     shell:
         "python scripts/make_report.py --results {input.results} --data data"
-        " --output {output.output} --record {output.record} > {log} 2>&1"
+        " --grid {params.grid:q} --output {output.output} --record {output.record} > {log} 2>&1"
+
+
+# What is there so far. Nothing but the files on disk is asked for, so this works while another run goes on.
+use rule collect as collect_available with:
+    input:
+        [],
+    output:
+        results="data/preview/results.parquet",
+        summary="data/preview/summary.json",
+        table="data/preview/table.csv",
+        record="data/preview/collect.run.json",
+    log:
+        "<logs>/collect_available.log",
+    params:
+        code=code("collect"),
+        grid=GRID,
+        optional="--available",
+        there=there,
+    message:
+        "Collecting what is there so far"
+
+
+use rule make_report as preview_report with:
+    input:
+        results="data/preview/results.parquet",
+        template="workflow/report.html.jinja",
+    output:
+        output="data/preview/report.html",
+        record="data/preview/make_report.run.json",
+    log:
+        "<logs>/preview_report.log",
+    message:
+        "Writing a report of what is there so far"
+
+
+rule preview:
+    input:
+        "data/preview/report.html",
+        lambda wildcards: expand("data/preview/table_{table}.md", table=tables_in_grid()),
+    message:
+        "Open {input[0]}"

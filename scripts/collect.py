@@ -1,18 +1,23 @@
-"""All cells in one tidy table, the means for `dvc metrics`, and a table to look at."""
+"""All cells in one tidy table, the means for `dvc metrics`, and a table to look at.
+
+The grid travels as its axes and not as a list of files: a command line has room for some 300 paths.
+"""
 
 import argparse
+import json
 from pathlib import Path
 
-from tcore import results
+from tcore import grid, results
 from tcore.cli import run
-from tcore.files import atomic, load_json, load_table, save_json, save_table
+from tcore.files import atomic, save_json, save_table
 from tcore.run import record
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--metrics", nargs="+", required=True, help="metrics.parquet of every cell")
-    parser.add_argument("--records", nargs="+", required=True, help="run.json of every step", type=Path)
+    parser.add_argument("--grid", required=True, type=json.loads, help=f"JSON with {', '.join(grid.AXES)}")
+    parser.add_argument("--data", required=True, type=Path, help="the data folder (docs/architecture.md)")
+    parser.add_argument("--available", action="store_true", help="leave out cells that are not there yet")
     parser.add_argument("--results", required=True)
     parser.add_argument("--summary", required=True)
     parser.add_argument("--table", required=True)
@@ -20,11 +25,7 @@ def main() -> None:
     args = parser.parse_args()
 
     with record(args.record, "collect", {}, None):
-        tables = [
-            results.need(load_table(path), [*results.IDENTITY, *results.NUMBERS], path)
-            for path in args.metrics
-        ]
-        found = results.collect(tables, {path: load_json(path) for path in args.records})
+        found = results.collect(*results.read(args.data, grid.cells(args.grid), args.available))
         save_table(args.results, found)
         save_json(args.summary, results.summary(found))
         with atomic(args.table) as temporary:

@@ -10,6 +10,7 @@ import pandas as pd
 
 SCENARIOS = ("clean", "T1", "T2", "T3", "T1+T2")
 VICTIM = ("pretrain", "encoder_attack", "downstream", "dataset_attack", "seed")
+AXES = ("pairs", "scenarios", "encoder_attacks", "dataset_attacks", "defenses", "seeds")  # of a configuration
 COLUMNS = ("pretrain", "downstream", "encoder_attack", "dataset_attack", "scenario", "defense", "seed")
 
 

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
+@cache
 def code(script: str, *methods: str) -> str:
     """16 hex digits for `scripts/<script>.py` and methods such as 'dataset_attacks/badnets'."""
     roots = [ROOT / "scripts" / f"{script}.py", *(ROOT / "tcore" / f"{method}.py" for method in methods)]

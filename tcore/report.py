@@ -409,13 +409,18 @@ def provenance(found: pd.DataFrame, records: list[dict]) -> dict:
     }
 
 
-def build(found: pd.DataFrame, data: Path) -> dict:
-    """Everything the template shows, from the table of all cells and the folder `data`."""
+def build(found: pd.DataFrame, data: Path, planned: int = 0) -> dict:
+    """Everything the template shows, from the table of all cells and the folder `data`.
+
+    `planned` is the number of cells in the grid: a page about fewer says so.
+    """
     if found.empty:
         raise InputError("--results: no cell in it; run at least one scenario")
     overview = results.overview(found)
     rows, notes = outcomes(overview), []
     cells = overview[results.CELL].merge(found[results.IDENTITY].drop_duplicates())
+    if len(cells) < planned:
+        notes.append(f"{len(cells)} of {planned} cells of the grid are there.")
     victims = cells.drop_duplicates(VICTIM).to_dict("records")
     with_stages = cells.merge(found.loc[found["stage"] == "sift", results.IDENTITY].drop_duplicates())
     opened = with_stages.drop_duplicates([*VICTIM, "defense"]).to_dict("records")

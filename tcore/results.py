@@ -32,7 +32,7 @@ import numpy as np
 import pandas as pd
 
 from tcore import grid, metrics, registry
-from tcore.files import InputError
+from tcore.files import InputError, load_json, load_table
 
 IDENTITY = list(grid.COLUMNS)
 CELL = IDENTITY[:-1]  # without the seed
@@ -246,6 +246,25 @@ def versions(records: list[dict]) -> dict[str, str]:
     return {package: " / ".join(sorted(found)) for package, found in sorted(seen.items())}
 
 
+def read(data: Path, cells: pd.DataFrame, available: bool = False) -> tuple[list, dict[Path, dict]]:
+    """The tables of the grid's cells, from the folder `data`, and the run records of all steps behind them.
+
+    A cell without a table is an error or, if only what is `available` is asked for, left out.
+    """
+    tables, behind = [], set()
+    for cell in cells.to_dict("records"):
+        places = folders(cell)
+        path = data / places["results"] / "metrics.parquet"
+        if available and not path.is_file():
+            continue
+        tables.append(need(load_table(path), [*IDENTITY, *NUMBERS], path))
+        behind.update(places.values())
+    if not tables:
+        raise InputError(f"{data}: no cell of the grid is there yet; compute one first")
+    paths = (path for folder in sorted(behind) for path in sorted((data / folder).glob("*.run.json")))
+    return tables, {path: load_json(path) for path in paths}
+
+
 def collect(tables: list[pd.DataFrame], records: dict[Path, dict]) -> pd.DataFrame:
     """All cells in one table, with cost rows and the columns `config` and `versions`.
 
@@ -274,9 +293,7 @@ def collect(tables: list[pd.DataFrame], records: dict[Path, dict]) -> pd.DataFra
     results = pd.concat(parts, ignore_index=True).sort_values(IDENTITY, kind="stable", ignore_index=True)
     twice = results[results.duplicated([*IDENTITY, "stage", "step", "metric"])]
     if len(twice):
-        raise InputError(
-            f"--metrics: the cell {twice.iloc[0][IDENTITY].to_dict()} occurs twice; name each file once"
-        )
+        raise InputError(f"the cell {twice.iloc[0][IDENTITY].to_dict()} occurs twice; name it once")
     return results
 
 
@@ -291,26 +308,29 @@ def summary(results: pd.DataFrame) -> dict:
     return nested
 
 
-def overview(results: pd.DataFrame) -> pd.DataFrame:
-    """One row per cell without its seed: mean, sd and 95 % interval of the outcomes, n seeds, mean cost.
+def over_seeds(rows: pd.DataFrame, largest: float = 1.0) -> tuple[float, float, float]:
+    """(mean, low, high) of one metric, a row a seed; NaN for no row.
 
-    The interval is Student's t over seeds, cut to [0, 1]; with a single seed it is that of the
+    The 95 % interval is Student's t over seeds, cut to [0, `largest`]; with a single seed it is that of the
     share over test images.
     """
+    if rows.empty:
+        return np.nan, np.nan, np.nan
+    mean, low, high = metrics.t_interval(rows["value"])
+    if len(rows) == 1:
+        low, high = rows.iloc[0][["low", "high"]].astype(float)
+    return mean, *np.clip([low, high], 0, largest)
+
+
+def overview(results: pd.DataFrame) -> pd.DataFrame:
+    """One row per cell without its seed: outcomes with sd and `over_seeds`, n seeds, mean cost."""
     lines = []
     for key, cell in results.groupby(CELL, sort=True):
         line = dict(zip(CELL, key, strict=True)) | {"n": cell["seed"].nunique()}
         for metric in OUTCOMES:
             rows = cell[(cell["stage"] == "test") & (cell["metric"] == metric)]
-            values = rows["value"].to_numpy()
-            if len(values):
-                mean, low, high = metrics.t_interval(values)
-                if len(values) == 1:
-                    low, high = rows.iloc[0][["low", "high"]]
-                low, high = np.clip([low, high], 0, 1)
-                sd = values.std(ddof=1) if len(values) > 1 else np.nan
-            else:
-                mean = sd = low = high = np.nan
+            mean, low, high = over_seeds(rows)
+            sd = rows["value"].std()
             line |= {f"{metric}_mean": mean, f"{metric}_sd": sd, f"{metric}_low": low, f"{metric}_high": high}
         cost = cell[cell["stage"] == "cost"].groupby("metric")["value"].mean()
         line |= {metric: cost.get(metric, np.nan) for metric in COSTS}

@@ -291,11 +291,11 @@ COVERS = {1250: 312, 125: 31, 562: 140, 352: 88, 2646: 661}
 @pytest.mark.parametrize("data", PAPER)
 @pytest.mark.parametrize("name", [name for name in ALL if name != "adaptive"])
 def test_the_papers_counts_with_the_papers_classes(data, name):
-    """config/paper-targets.yaml on sets with the real class sizes."""
+    """config/paper.yaml on sets with the real class sizes."""
     sizes, dirty, clean_label, for_tact = PAPER[data]
     images = labelled(*sizes)
     assert len(images) == {"cifar10": 50_000, "stl10": 5_000, "gtsrb": 39_209, "svhn": 73_257}[data]
-    entry = yaml.safe_load((ROOT / "config/paper-targets.yaml").read_text())["datasets"][data]
+    entry = yaml.safe_load((ROOT / "config/paper.yaml").read_text())["datasets"][data]
     module = registry.load("dataset_attacks", name)
     settings = module.Settings(**resolve(name, entry["attacks"].get(name, {})))
     truth = module.poison(images, entry["dataset_target"], settings, 0).truth

@@ -36,14 +36,19 @@ def project(tmp_path, monkeypatch):
 def changes(project):
     """Whether an edit of one file changes the digest of `step` with the method alpha."""
 
+    def forget():
+        for known in (provenance.code, provenance._scan):
+            known.cache_clear()
+
     def changed(name, text):
         before = provenance.code("step", "methods/alpha")
         (project / name).write_text(text)
-        provenance._scan.cache_clear()
+        forget()
         return provenance.code("step", "methods/alpha") != before
 
-    provenance._scan.cache_clear()
-    return changed
+    forget()
+    yield changed
+    forget()
 
 
 def test_the_closure_by_hand(project):

@@ -18,9 +18,9 @@ import pytest
 import torch
 from PIL import Image
 
-from tcore import registry, report, results
+from tcore import grid, registry, report, results
 from tcore.data.images import ImageSet, write_images
-from tcore.files import load_json, load_tensors, save_json, save_table, save_tensors
+from tcore.files import InputError, load_json, load_tensors, save_json, save_table, save_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
 ATTACKS = {
@@ -55,7 +55,7 @@ class World:
     def __init__(self, data: Path, images: ImageSet, widths=(4, 8), seed=0):
         self.data, self.images, self.widths = data, images, widths
         self.random = np.random.default_rng(seed)
-        self.metrics: list[Path] = []
+        self.scenarios, self.seeds = [], []
         for split in ("train", "test"):
             write_images(data / f"datasets/signs/{split}.parquet", images)
 
@@ -82,6 +82,7 @@ class World:
     def victim(
         self, scenario: str, seed: int, before: float, after: float, acc=(0.9, 0.88), poisons=0.05
     ) -> None:
+        self.scenarios, self.seeds = [*self.scenarios, scenario], [*self.seeds, seed]
         encoder_attack, dataset_attack = ATTACKS[scenario]
         identity = {
             "pretrain": "scenes",
@@ -124,7 +125,6 @@ class World:
             extra = self.stages(place["defended"], poison) if defense == "tcore" else []
             if defense == "none":
                 self.log(place["defended"], "train_head", 4.0, epochs=20)
-            self.metrics.append(place["results"] / "metrics.parquet")
             command(
                 "evaluate",
                 "--predictions", place["results"] / "predictions.parquet",
@@ -132,7 +132,7 @@ class World:
                 "--encoder-trigger", place["encoder"] / "trigger.safetensors",
                 "--dataset-trigger", place["poisoned"] / "trigger.safetensors",
                 "--identity", json.dumps(cell),
-                "--metrics", self.metrics[-1],
+                "--metrics", place["results"] / "metrics.parquet",
                 "--record", place["results"] / "evaluate.run.json",
                 *extra,
             )  # fmt: skip
@@ -164,15 +164,27 @@ class World:
         names = ("seeds.parquet", "subset.parquet", "pool.parquet", "channels.safetensors")
         return [part for name in names for part in (f"--{name.partition('.')[0]}", folder / name)]
 
-    def page(self) -> str:
-        out = self.data / "results"
+    def axes(self) -> dict[str, list]:
+        return {
+            "pairs": [{"pretrain": "scenes", "downstream": "signs"}],
+            "scenarios": self.scenarios,
+            "encoder_attacks": ["badencoder"],
+            "dataset_attacks": ["badnets"],
+            "defenses": ["none", "tcore"],
+            "seeds": self.seeds,
+        }
+
+    def page(self, folder: str = "results", *options: str, **axes: list) -> str:
+        """What `collect` and `make_report` write into a folder, for the world's cells or another grid."""
+        out = self.data / folder
+        given = ("--grid", json.dumps(self.axes() | axes), "--data", self.data)
         command(
-            "collect", "--metrics", *self.metrics, "--records", *sorted(self.data.rglob("*.run.json")),
-            "--results", out / "results.parquet", "--summary", out / "summary.json",
-            "--table", out / "table.csv", "--record", out / "collect.run.json",
+            "collect", *given, *options, "--results", out / "results.parquet",
+            "--summary", out / "summary.json", "--table", out / "table.csv",
+            "--record", out / "collect.run.json",
         )  # fmt: skip
         command(
-            "make_report", "--results", out / "results.parquet", "--data", self.data,
+            "make_report", "--results", out / "results.parquet", *given,
             "--output", out / "report.html", "--record", out / "make_report.run.json",
         )  # fmt: skip
         return (out / "report.html").read_text()
@@ -330,6 +342,26 @@ def test_same_results_same_page(world):
     assert re.sub(r"make_report.*", "", world.page()) == re.sub(r"make_report.*", "", world.html)
 
 
+def test_a_grid_of_which_a_part_is_there(world):
+    axes = {"scenarios": ["T1", "T2", "T1+T2"], "seeds": [0, 1]}
+    with pytest.raises(InputError, match=r"signs-clean/1/none/metrics\.parquet: no such file"):
+        world.page("partial", **axes)
+    assert not (world.data / "partial/results.parquet").exists()
+    page = world.page("partial", "--available", **axes)
+    assert "4 of 12 cells of the grid are there." in page and "cells of the grid are there" not in world.html
+    for file in ("results.parquet", "summary.json", "table.csv"):
+        assert (world.data / "partial" / file).read_bytes() == (world.data / "results" / file).read_bytes()
+    with pytest.raises(InputError, match="no cell of the grid is there yet"):
+        world.page("empty", "--available", **axes | {"scenarios": ["T2"]})
+
+
+def test_thousands_of_cells_fit_on_a_command_line(world):
+    """The kernel takes 128 KiB an argument; the grid of 40,000 cells is far from it."""
+    axes = {"seeds": list(range(10_000)), "scenarios": ["T1", "T1+T2"]}
+    assert len(grid.cells(world.axes() | axes)) == 40_000
+    assert len(json.dumps(world.axes() | axes)) < 2**16
+
+
 def test_missing_pieces_are_noted(world, tmp_path):
     found = pd.read_parquet(world.data / "results/results.parquet")
     context = report.build(found, tmp_path)
@@ -365,3 +397,22 @@ def test_detectors_have_a_table_and_what_cannot_be_applied_says_why(world):
         assert shown in text, shown
     assert "n/a it needs <moons>" in text and "clp could not be applied anywhere" in text
     assert "clp missed" not in text and "What the detectors found" not in world.html
+
+
+def test_a_table_of_the_paper_from_the_files_of_cells(world, tmp_path):
+    lines = ["table,pretrain,downstream,encoder_attack,dataset_attack,defense,stage,metric,value"]
+    lines += [f"9,scenes,signs,badencoder,badnets,{name},test,asr_dataset,7.5" for name in ("none", "tcore")]
+    lines += ["9,scenes,signs,badencoder,sig,none,test,acc,50"]
+    (tmp_path / "published.csv").write_text("\n".join(lines))
+    command(
+        "tabulate", "--table", "9", "--published", tmp_path / "published.csv",
+        "--grid", json.dumps(world.axes()), "--data", world.data, "--markdown", tmp_path / "table.md",
+        "--csv", tmp_path / "table.csv", "--record", tmp_path / "table.run.json",
+    )  # fmt: skip
+    found = pd.read_csv(tmp_path / "table.csv").set_index("defense")
+    own = rows_of(world, "T1+T2").query("metric == 'asr_dataset'").iloc[0]
+    measured = found.loc["tcore", ["reproduced", "low", "high", "difference"]].tolist()
+    expected = [100 * own["value"], 100 * own["low"], 100 * own["high"], 100 * own["value"] - 7.5]
+    assert measured == pytest.approx(expected, rel=1e-5)
+    assert "2 of 3 cells are there." in (tmp_path / "table.md").read_text()
+    assert load_json(tmp_path / "table.run.json")["log"] == {"cells": 2, "there": 2}

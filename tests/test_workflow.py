@@ -200,6 +200,46 @@ def test_baselines_get_what_they_declare_and_nothing_else(sources, tmp_path):
     assert counts(jobs)["grant_clean"] == counts(jobs)["reveal_rate"] == 1
 
 
+def test_a_table_of_the_paper_by_hand(sources, tmp_path):
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(
+        """
+        seeds: [0, 1]
+        pairs: [{pretrain: cifar10, downstream: svhn}, {pretrain: stl10_unlabeled, downstream: svhn}]
+        dataset_attacks: [badnets, tact]
+        """
+    )
+    arguments = ("--configfile", "config/paper.yaml", str(overlay))
+    jobs = counts(plan(sources, *arguments, "--", "table_10"))
+    # T2 on SVHN is published for the CIFAR-10 encoder alone: two attacks, two seeds, without and with T-Core.
+    assert jobs["predict"] == jobs["evaluate"] == 2 * 2 * 2
+    assert jobs["sift"] == jobs["bootstrap"] == jobs["train_head"] == jobs["poison_dataset"] == 4
+    assert jobs["pretrain_encoder"] == jobs["poison_encoder"] == 2
+    assert jobs["tabulate"] == 1 and not {"defend", "collect", "make_report"} & set(jobs)
+    for preview in ("preview", "data/preview/table_10.md"):
+        assert set(counts(plan(sources, *arguments, "--", preview))) <= {"collect", "make_report", "tabulate"}
+
+
+def test_a_table_that_the_grid_has_no_cell_of_says_what_to_do(sources):
+    command = [sys.executable, "-m", "snakemake", "-n", "table_10"]
+    run = subprocess.run(command, cwd=sources, capture_output=True, text=True)
+    assert run.returncode != 0
+    assert "run with --configfile config/paper.yaml" in run.stdout + run.stderr
+
+
+def test_a_retry_on_a_cluster_gets_more(sources, tmp_path):
+    (tmp_path / "Snakefile").write_text(
+        "rule pretrain_encoder:\n    output: 'x'\n"
+        "    shell: 'echo {resources.mem_mb} {resources.runtime} >> tried; exit 1'\n"
+    )
+    profile = sources / "workflow/profiles/slurm"
+    command = [sys.executable, "-m", "snakemake", "--cores", "1", "--workflow-profile", str(profile)]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode != 0
+    assert (tmp_path / "tried").read_text().split() == ["16000", "2880", "32000", "5760", "48000", "8640"]
+    jobs = snakemake(sources, "-n", "--workflow-profile", str(profile))
+    assert "Group job measure" in jobs
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [("scenarios=[T4]", "known: clean, T1"), ("defenses=[tcores]", "did you mean 'tcore'")],
@@ -227,6 +267,29 @@ def test_the_run_leaves_a_report_and_is_then_up_to_date(finished):
     assert (finished / "data/results/report.html").stat().st_size > 0
     assert set(json.loads((finished / "data/results/summary.json").read_text())) == {"T3"}
     assert not list((finished / "data").rglob("*.part"))
+    assert stale(finished) == {}
+
+
+def test_a_preview_of_what_is_there_while_another_run_goes_on(finished):
+    metrics = finished / "data/results/scenes-badencoder/signs-adaptive/0/strip/metrics.parquet"
+    away, locks = metrics.with_name("away"), finished / ".snakemake/locks"
+    snakemake(finished, "--cores", "1", "preview", *SMOKE)
+    table = finished / "data/preview/table.csv"
+    assert table.read_bytes() == (finished / "data/results/table.csv").read_bytes()
+    metrics.rename(away)
+    locks.mkdir(exist_ok=True)
+    (locks / "0.output.lock").write_text("data/results/results.parquet\n")
+    try:
+        locked = [sys.executable, "-m", "snakemake", "--cores", "1", *SMOKE]
+        assert (
+            "cannot be locked" in subprocess.run(locked, cwd=finished, capture_output=True, text=True).stderr
+        )
+        snakemake(finished, "--cores", "1", "preview", *SMOKE)
+        assert len(table.read_text().splitlines()) == 1 + 2
+        assert "2 of 3 cells of the grid are there." in (finished / "data/preview/report.html").read_text()
+    finally:
+        away.rename(metrics)
+        (locks / "0.output.lock").unlink()
     assert stale(finished) == {}
 
 

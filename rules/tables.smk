@@ -1,0 +1,57 @@
+# The paper's tables, published and reproduced side by side: `snakemake table_10` computes what that table needs.
+
+PUBLISHED = "config/paper.csv"
+REPORTED = tables.published(PUBLISHED)
+
+
+rule tabulate:
+    input:
+        published=PUBLISHED,
+        metrics=metrics_of_table,
+    output:
+        markdown="data/results/tables/table_{table}.md",
+        csv="data/results/tables/table_{table}.csv",
+        record="data/results/tables/table_{table}.run.json",
+    log:
+        "<logs>/tabulate/{table}.log",
+    params:
+        code=code("tabulate"),
+        grid=GRID,
+    message:
+        "Table {wildcards.table} of the paper beside what was reproduced"
+    shell:
+        "python scripts/tabulate.py --table {wildcards.table} --published {input.published}"
+        " --grid {params.grid:q} --data data"
+        " --markdown {output.markdown} --csv {output.csv} --record {output.record} > {log} 2>&1"
+
+
+# As it stands now, like `preview` of the report.
+use rule tabulate as tabulate_available with:
+    input:
+        published=PUBLISHED,
+    output:
+        markdown="data/preview/table_{table}.md",
+        csv="data/preview/table_{table}.csv",
+        record="data/preview/table_{table}.run.json",
+    log:
+        "<logs>/tabulate_available/{table}.log",
+    params:
+        code=code("tabulate"),
+        grid=GRID,
+        there=there,
+
+
+rule tables:
+    input:
+        expand("data/results/tables/table_{table}.md", table=tables_in_grid()),
+
+
+for number in tables.TITLES:
+
+    rule:
+        name:
+            f"table_{number}"
+        input:
+            f"data/results/tables/table_{number}.md",
+        message:
+            "Open {input}"

@@ -1,0 +1,45 @@
+"""One table of the paper, published and reproduced side by side; cells that are not there are dashes."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from tcore import grid, results, tables
+from tcore.cli import run
+from tcore.files import atomic, load_table, require
+from tcore.run import record
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--table", required=True, type=int, choices=tables.TITLES)
+    parser.add_argument("--published", required=True, help="config/paper.csv")
+    parser.add_argument("--grid", required=True, type=json.loads, help=f"JSON with {', '.join(grid.AXES)}")
+    parser.add_argument("--data", required=True, type=Path, help="the data folder (docs/architecture.md)")
+    parser.add_argument("--markdown", required=True)
+    parser.add_argument("--csv", required=True)
+    parser.add_argument("--record", required=True)
+    args = parser.parse_args()
+
+    with record(args.record, "tabulate", {"table": args.table}, None) as log:
+        reported = tables.published(require(args.published))
+        own = tables.cells(args.table, reported, grid.cells(args.grid))
+        paths = [
+            args.data / results.folders(cell)["results"] / "metrics.parquet"
+            for cell in own.to_dict("records")
+        ]
+        there = [path for path in paths if path.is_file()]
+        log |= {"cells": len(paths), "there": len(there)}
+        empty = pd.DataFrame(columns=[*results.IDENTITY, *results.NUMBERS])
+        read = [results.need(load_table(path), [*results.IDENTITY, *results.NUMBERS], path) for path in there]
+        compared = tables.compare(args.table, reported, pd.concat(read) if read else empty)
+        with atomic(args.csv) as temporary:
+            compared.to_csv(temporary, index=False, float_format="%.6g")
+        with atomic(args.markdown) as temporary:
+            temporary.write_text(tables.markdown(args.table, compared), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run(main)
