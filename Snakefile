@@ -40,6 +40,7 @@ include: "rules/tcore.smk"
 include: "rules/defenses.smk"
 include: "rules/evaluation.smk"
 include: "rules/tables.smk"
+include: "rules/received.smk"
 
 
 # `dvc commit` wants every folder that it tracks, also after a run that stopped early.
@@ -51,6 +52,7 @@ onstart:
 rule all:
     default_target: True
     input:
-        "data/results/report.html",
+        rules.make_report.output.output if len(CELLS) else [],
+        audits,
     message:
         "Done. Open {input}"

@@ -5,27 +5,31 @@ import json
 from snakemake.exceptions import WorkflowError
 
 from tcore import grid, provenance, registry, tables
-from tcore.config import validate
+from tcore.config import require_files, validate
 from tcore.files import InputError
 
 try:
     experiment = validate(config)
+    require_files(experiment)
 except InputError as error:
     raise WorkflowError(str(error)) from None
 
-CELLS = grid.cells(experiment)
-GRID = json.dumps({axis: experiment[axis] for axis in grid.AXES}, sort_keys=True)
+attacked = [pair for pair in experiment["pairs"] if pair["pretrain"] not in experiment["encoders"]]
+GRID = json.dumps({axis: experiment[axis] for axis in grid.AXES} | {"pairs": attacked}, sort_keys=True)
+VICTIMS = grid.cells(experiment)
+CELLS = VICTIMS[VICTIMS["scenario"] != grid.RECEIVED]  # what an evaluator knows the truth about
+RECEIVED = VICTIMS[VICTIMS["scenario"] == grid.RECEIVED]  # what nobody does
 CELLS_OF_TCORE = CELLS[CELLS["defense"] == "tcore"]
 CELLS_OF_BASELINES = CELLS[CELLS["defense"].isin(experiment["variants"])]
 
 
 wildcard_constraints:
     dataset="|".join(experiment["datasets"]),
-    pretrain="|".join(CELLS["pretrain"].unique()),
-    downstream="|".join(CELLS["downstream"].unique()),
-    encoder_attack="|".join({"clean", *CELLS["encoder_attack"]}),
-    dataset_attack="|".join({"clean", *CELLS["dataset_attack"]}),
-    defense="|".join(CELLS["defense"].unique()),
+    pretrain="|".join(VICTIMS["pretrain"].unique()),
+    downstream="|".join(VICTIMS["downstream"].unique()),
+    encoder_attack="|".join({"clean", *VICTIMS["encoder_attack"]}),
+    dataset_attack="|".join({"clean", *VICTIMS["dataset_attack"]}),
+    defense="|".join(VICTIMS["defense"].unique()),
     seed="[0-9]+",
     table="[0-9]+",
 
@@ -115,6 +119,18 @@ def of_archive(key):
     return field
 
 
+def own_file(wildcards):
+    """The file that a data set's settings name, if they name one."""
+    path = of_dataset("settings")(wildcards).get("path")
+    return [path] if path and Path(path).is_file() else []
+
+
+def own_folder(wildcards):
+    """What lies in the folder that a data set's settings name, as a digest; "" if they name none."""
+    path = of_dataset("settings")(wildcards).get("path")
+    return provenance.listing(path) if path and Path(path).is_dir() else ""
+
+
 def archives_of_dataset(wildcards):
     source = of_dataset("source")(wildcards)
     return [f"data/archives/{source}/{name}" for name in archives(source)]
@@ -145,6 +161,40 @@ def attacks_on(weights):
     """Pattern of the encoder attacks that change weights, or of those that change the images of pre-training."""
     names = registry.names("encoder_attacks")
     return "|".join(name for name in names if registry.on_weights(name) == weights)
+
+
+# What comes from outside
+
+
+def known(path):
+    """A file about an attack; there is none where nobody knows of one."""
+
+    def found(wildcards):
+        if wildcards.encoder_attack == grid.RECEIVED:
+            return []
+        return path(wildcards) if callable(path) else expand(path, **wildcards)
+
+    return found
+
+
+def checked(wildcards):
+    """What has to be looked at before anything that takes long is done with files from outside."""
+    outside = wildcards.encoder_attack == grid.RECEIVED
+    return expand(f"data/defended/{CELL}/check_received.run.json", **wildcards) if outside else []
+
+
+def of_encoder(key):
+    """An entry of the encoder from outside that the wildcard names."""
+
+    def entry(wildcards):
+        return experiment["encoders"][wildcards.pretrain][key]
+
+    return entry
+
+
+def code_of_audit(wildcards):
+    source = experiment["datasets"][wildcards.downstream]["source"]
+    return provenance.code("audit", f"data/sources/{source}")
 
 
 # Baseline defences
@@ -211,6 +261,11 @@ def scored_inputs(wildcards):
 
 
 # Evaluation
+
+
+def code_of_prediction(wildcards):
+    attacks = ("encoder_attack", "dataset_attack")
+    return code("predict", *(() if wildcards.encoder_attack == grid.RECEIVED else attacks))(wildcards)
 
 
 def of_tcore(file):

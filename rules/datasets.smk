@@ -19,6 +19,7 @@ rule download_archive:
 rule prepare_dataset:
     input:
         archives=archives_of_dataset,
+        own=own_file,
     output:
         train="data/datasets/{dataset}/train.parquet",
         test="data/datasets/{dataset}/test.parquet",
@@ -29,6 +30,7 @@ rule prepare_dataset:
         code=code_of_source,
         source=of_dataset("source"),
         settings=settings_of_source,
+        folder=own_folder,
     message:
         "Preparing the data set {wildcards.dataset} from {params.source}"
     shell:

@@ -5,8 +5,10 @@ rule predict:
     input:
         model="data/defended/<cell>/{defense}/model.safetensors",
         test="data/datasets/{downstream}/test.parquet",
-        encoder_trigger="data/encoders/{pretrain}-{encoder_attack}/{downstream}/{seed}/trigger.safetensors",
-        dataset_trigger=received("trigger.safetensors"),
+        encoder_trigger=known(
+            "data/encoders/{pretrain}-{encoder_attack}/{downstream}/{seed}/trigger.safetensors"
+        ),
+        dataset_trigger=known(received("trigger.safetensors")),
     output:
         predictions="data/results/<cell>/{defense}/predictions.parquet",
         record="data/results/<cell>/{defense}/predict.run.json",
@@ -15,13 +17,13 @@ rule predict:
     resources:
         gpu=1,
     params:
-        code=code("predict", "encoder_attack", "dataset_attack"),
+        code=code_of_prediction,
+        optional=flags("encoder_trigger", "dataset_trigger"),
     message:
-        "The evaluator tries clean and triggered test images: {wildcards.encoder_attack},"
+        "Test images, clean and with such triggers as are known: {wildcards.encoder_attack},"
         " {wildcards.dataset_attack}, defence {wildcards.defense} (seed {wildcards.seed})"
     shell:
-        "python scripts/predict.py --model {input.model} --test {input.test}"
-        " --encoder-trigger {input.encoder_trigger} --dataset-trigger {input.dataset_trigger}"
+        "python scripts/predict.py --model {input.model} --test {input.test} {params.optional}"
         " --seed {wildcards.seed} --predictions {output.predictions} --record {output.record} > {log} 2>&1"
 
 
@@ -83,6 +85,7 @@ rule make_report:
     input:
         results="data/results/results.parquet",
         template="workflow/report.html.jinja",
+        style="workflow/style.css",
         shown=shown,
     output:
         output="data/results/report.html",

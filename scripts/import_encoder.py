@@ -1,10 +1,13 @@
 """Turns a foreign checkpoint into an encoder of this project; nothing in the file is executed."""
 
 import argparse
+import hashlib
+from contextlib import nullcontext
 
 from tcore.cli import run
 from tcore.models.encoder import ARCHITECTURES, save_encoder
 from tcore.models.foreign import import_encoder
+from tcore.run import record
 
 
 def main() -> None:
@@ -18,12 +21,15 @@ def main() -> None:
             f"--{name}", type=float, nargs=3, metavar=("R", "G", "B"), required=True, help=help
         )
     parser.add_argument("--encoder", required=True, help="out: the encoder")
+    parser.add_argument("--record", help="out: the record of this step, with the checkpoint's SHA-256")
     args = parser.parse_args()
 
-    save_encoder(
-        args.encoder,
-        import_encoder(args.checkpoint, args.architecture, args.image_size, args.mean, args.std),
-    )
+    with record(args.record, "import_encoder", {}, None) if args.record else nullcontext({}) as log:
+        encoder = import_encoder(args.checkpoint, args.architecture, args.image_size, args.mean, args.std)
+        save_encoder(args.encoder, encoder)
+        with open(args.checkpoint, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        log |= {"checkpoint": args.checkpoint, "sha256": digest} | encoder.description()
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--test", required=True, help="test images (Parquet)")
-    parser.add_argument("--encoder-trigger", required=True)
-    parser.add_argument("--dataset-trigger", required=True)
+    parser.add_argument("--encoder-trigger", help="of a known attack")
+    parser.add_argument("--dataset-trigger", help="of a known attack")
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--predictions", required=True, help="out: prediction per view and test image")
     parser.add_argument("--record", required=True, help="out: the record of this step")
@@ -30,7 +30,8 @@ def main() -> None:
         test = read_images(args.test)
         views = {"clean": test.tensor}
         for view in ("encoder_trigger", "dataset_trigger"):
-            stamp, _ = triggers.load(getattr(args, view))
+            path = getattr(args, view)
+            stamp = triggers.load(path)[0] if path else None
             if stamp is not None:
                 views[view] = stamp(test.tensor)
         tables = [

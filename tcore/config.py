@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Collection
+from pathlib import Path
 
 from tcore import grid, registry, settings
 from tcore.files import InputError
@@ -17,6 +18,7 @@ KEYS = (
     "pretraining",
     "datasets",
 )
+OF_ENCODER = ("file", "architecture", "image_size", "mean", "std")  # all needed: no checkpoint says them
 OF_DATASET = ("settings", "encoder_target", "dataset_target", "attacks", "pretraining")  # beside its source
 BUILT_IN = ("none", "tcore")  # the defences that have rules of their own
 TRUSTED = {"source": "granted", "share": 0.1}  # what defences that need clean samples get
@@ -32,17 +34,20 @@ def validate(config: dict) -> dict:
     wrong type or contradictory. What only the data can tell, such as a target class beyond
     the last one, is left to the steps.
     """
-    _mapping("config", config, KEYS, optional=("methods", "trusted", "variants"))
+    _mapping("config", config, KEYS, optional=("methods", "trusted", "variants", "encoders"))
     methods = _methods(config.get("methods") or {})
     trusted = _trusted("trusted", config.get("trusted") or {}, TRUSTED)
     variants = _variants(config.get("variants") or {}, methods, trusted)
     sets = _datasets(config["datasets"])
+    encoders = _encoders(config.get("encoders") or {}, sets)
     encoder_attacks = [name for name in registry.names("encoder_attacks") if name not in IMPLIED]
     for position, pair in enumerate(_list("pairs", config["pairs"], dict)):
         where = f"pairs[{position}]"
         _mapping(where, pair, ("pretrain", "downstream"), optional=("encoder_attacks",))
-        for key in ("pretrain", "downstream"):
-            _known(f"{where}.{key}", pair[key], list(sets))
+        _known(f"{where}.pretrain", pair["pretrain"], [*sets, *encoders])
+        _known(f"{where}.downstream", pair["downstream"], list(sets))
+        if pair["pretrain"] in encoders:
+            _received(where, pair, encoders, sets)
         if "encoder_attacks" in pair:
             for name in _list(f"{where}.encoder_attacks", pair["encoder_attacks"], str):
                 _known(f"{where}.encoder_attacks", name, encoder_attacks)
@@ -59,9 +64,15 @@ def validate(config: dict) -> dict:
         for name in _list(key, config[key], str):
             _known(key, name, known)
     _known("pretraining", config["pretraining"], registry.names("pretraining"))
-    for name in {pair["downstream"] for pair in config["pairs"]}:
+    for name in {pair["downstream"] for pair in config["pairs"] if pair["pretrain"] not in encoders}:
         _targets(name, sets[name], config["scenarios"])
-    return config | {"datasets": sets, "methods": methods, "trusted": trusted, "variants": variants}
+    return config | {
+        "datasets": sets,
+        "methods": methods,
+        "trusted": trusted,
+        "variants": variants,
+        "encoders": encoders,
+    }
 
 
 def _datasets(datasets: dict) -> dict:
@@ -84,6 +95,61 @@ def _datasets(datasets: dict) -> dict:
             "attacks": _attacks(entry.get("attacks", {}), f"{where}.attacks"),
         }
     return resolved
+
+
+def _encoders(given: dict, sets: dict) -> dict:
+    """Encoders from outside, by name: a file, and what the file does not say."""
+    if not isinstance(given, dict):
+        raise InputError(f"config: encoders should map names to files, not {given!r}")
+    for name, entry in given.items():
+        where = f"encoders.{name}"
+        if not re.fullmatch("[a-z0-9_]+", str(name)) or name in sets:
+            raise InputError(f"config: {where}: a name of a-z, 0-9 and _ that no data set has, please")
+        _mapping(where, entry, OF_ENCODER)
+        if not isinstance(entry["file"], str):
+            raise InputError(f"config: {where}.file = {entry['file']!r} should be a path")
+        _known(f"{where}.architecture", entry["architecture"], registry.architectures())
+        if type(entry["image_size"]) is not int or entry["image_size"] < 1:
+            raise InputError(
+                f"config: {where}.image_size = {entry['image_size']!r}: height and width in pixels"
+            )
+        for key in ("mean", "std"):
+            value = entry[key]
+            numbers = isinstance(value, list) and [type(v) in (int, float) and 0 <= v <= 1 for v in value]
+            if numbers != [True] * 3 or (key == "std" and not all(value)):
+                raise InputError(
+                    f"config: {where}.{key} = {value!r} should be three numbers from 0 to 1, for red, "
+                    f"green and blue of pixels in [0, 1]{', none of them 0' if key == 'std' else ''}"
+                )
+    return given
+
+
+def require_files(config: dict) -> None:
+    """An error where a pair with an encoder from outside names a file or folder that is not there."""
+    for pair in config["pairs"]:
+        encoder, name = config["encoders"].get(pair["pretrain"]), pair["downstream"]
+        if encoder is None:
+            continue
+        if not Path(encoder["file"]).is_file():
+            raise InputError(f"config: encoders.{pair['pretrain']}.file = {encoder['file']!r} is not a file")
+        path = config["datasets"][name]["settings"].get("path")
+        if path is not None and not Path(path).exists():
+            raise InputError(f"config: datasets.{name}.settings.path = {path!r} is not there")
+
+
+def _received(where: str, pair: dict, encoders: dict, sets: dict) -> None:
+    """A pair with an encoder from outside: nothing is attacked, and the images have the encoder's size."""
+    if "encoder_attacks" in pair:
+        raise InputError(
+            f"config: {where}.encoder_attacks: {pair['pretrain']} is used as it is; remove the key"
+        )
+    size = encoders[pair["pretrain"]]["image_size"]
+    settings = sets[pair["downstream"]]["settings"]
+    if settings.get("image_size", size) != size:
+        raise InputError(
+            f"config: {where}: the encoder {pair['pretrain']} takes {size} pixels; set "
+            f"datasets.{pair['downstream']}.settings.image_size to {size}, not {settings['image_size']}"
+        )
 
 
 def _attacks(attacks: dict, where: str) -> dict:

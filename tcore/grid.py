@@ -9,6 +9,8 @@ from itertools import product
 import pandas as pd
 
 SCENARIOS = ("clean", "T1", "T2", "T3", "T1+T2")
+RECEIVED = "received"  # scenario and both attacks of a pair whose encoder comes from outside: nobody knows
+AUDITED = ("none", "tcore")  # its defences
 VICTIM = ("pretrain", "encoder_attack", "downstream", "dataset_attack", "seed")
 AXES = ("pairs", "scenarios", "encoder_attacks", "dataset_attacks", "defenses", "seeds")  # of a configuration
 COLUMNS = ("pretrain", "downstream", "encoder_attack", "dataset_attack", "scenario", "defense", "seed")
@@ -18,17 +20,23 @@ def scenario(encoder_attack: str, dataset_attack: str) -> str:
     """The threat that a pair of attacks amounts to.
 
     T1: the encoder is poisoned; T2: the data set; T3: the data set with the encoder's own trigger
-    (`adaptive`); T1+T2: both, independently.
+    (`adaptive`); T1+T2: both, independently; received: nobody knows.
     """
     if dataset_attack == "adaptive":
         return "T3"
+    if encoder_attack == RECEIVED:
+        return RECEIVED
     threats = [encoder_attack != "clean" and "T1", dataset_attack != "clean" and "T2"]
     return "+".join(filter(None, threats)) or "clean"
 
 
 def cells(config: dict) -> pd.DataFrame:
-    """One row per result of a resolved configuration, with `COLUMNS`."""
+    """One row per result of a resolved configuration, with `COLUMNS`.
+
+    A pair that names an encoder of `encoders` is `RECEIVED` and `AUDITED`, whatever the lists say.
+    """
     dataset_attacks = config["dataset_attacks"]
+    outside = config.get("encoders", {})
 
     def attacks(pair: dict, name: str) -> tuple[list[str], list[str]]:
         encoder_attacks = pair.get("encoder_attacks", config["encoder_attacks"])
@@ -38,14 +46,15 @@ def cells(config: dict) -> pd.DataFrame:
             "T2": (["clean"], dataset_attacks),
             "T3": (encoder_attacks, ["adaptive"]),
             "T1+T2": (encoder_attacks, dataset_attacks),
+            RECEIVED: ([RECEIVED], [RECEIVED]),
         }[name]
 
     rows = [
         (pair["pretrain"], pair["downstream"], *attack, scenario(*attack), defense, seed)
         for pair in config["pairs"]
-        for name in config["scenarios"]
+        for name in ([RECEIVED] if pair["pretrain"] in outside else config["scenarios"])
         for attack in product(*attacks(pair, name))
-        for defense in config["defenses"]
+        for defense in (AUDITED if name == RECEIVED else config["defenses"])
         for seed in config["seeds"]
     ]
     return pd.DataFrame(rows, columns=list(COLUMNS)).drop_duplicates(ignore_index=True)
@@ -56,7 +65,10 @@ def received(
 ) -> str:
     """The folder of the data set that a cell's user receives.
 
-    Only the adaptive attack knows the encoder attack; all other sets serve every encoder.
+    Only the adaptive attack knows the encoder attack; all other sets serve every encoder. What
+    a stranger to this project has labelled is used as it is.
     """
+    if dataset_attack == RECEIVED:
+        return f"datasets/{downstream}"
     origin = f"{pretrain}-{encoder_attack}" if dataset_attack == "adaptive" else "any"
     return f"poisoned/{origin}/{downstream}-{dataset_attack}/{seed}"

@@ -8,6 +8,7 @@ Methods must be named because they are imported by name at run time, where no sc
 
 import ast
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,17 @@ def code(script: str, *methods: str) -> str:
     roots = [ROOT / "scripts" / f"{script}.py", *(ROOT / "tcore" / f"{method}.py" for method in methods)]
     parts = [f"{path.relative_to(ROOT)} {_scan(path)[0]}" for path in closure(roots)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def listing(folder: str | Path) -> str:
+    """16 hex digits for the names, sizes and modification times of all files below a folder."""
+    found = []
+    for place, _, names in os.walk(folder):
+        for name in names:
+            path = Path(place, name)
+            state = path.stat() if path.exists() else path.lstat()
+            found.append(f"{path.relative_to(folder)}\0{state.st_size}\0{state.st_mtime_ns}")
+    return hashlib.sha256("\n".join(sorted(found)).encode()).hexdigest()[:16]
 
 
 def closure(roots: Iterable[Path]) -> list[Path]:

@@ -45,5 +45,14 @@ def on_weights(attack: str) -> bool:
     return not any(isinstance(node, ast.FunctionDef) and node.name == "poison_images" for node in tree.body)
 
 
+@cache
+def architectures() -> list[str]:
+    """The names of `ARCHITECTURES` in tcore/models/encoder.py, which needs torch to be imported."""
+    for node in ast.parse(path("models", "encoder").read_text()).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "ARCHITECTURES":
+            return [key.value for key in node.value.keys]
+    raise AssertionError("tcore/models/encoder.py defines no ARCHITECTURES")
+
+
 def load(family: str, name: str) -> ModuleType:
     return importlib.import_module(f"tcore.{family.replace('/', '.')}.{check(family, name)}")

@@ -393,7 +393,7 @@ def test_parquet_brings_images_to_one_size_only_when_told(tmp_path, rows):
         ({}, {"label": pa.array([0, None] * 10)}, "10 empty labels"),
         ({}, {"split": ["train"] * 20}, "no row is marked 'test'"),
         ({}, {"image": [b"not an image"] * 20}, "row 0 of column 'image': not a readable image"),
-        ({}, {"image": [None] * 20}, "row 0 of column 'image' holds no bytes"),
+        ({}, {"image": [None] * 20}, "row 0 of column 'image' holds neither bytes nor a path"),
     ],
 )
 def test_parquet_names_file_field_and_remedy(tmp_path, rows, settings, change, message):
@@ -412,7 +412,7 @@ def test_parquet_refuses_class_names_that_are_no_list(tmp_path, rows, names):
 
 def test_parquet_refuses_files_of_another_kind(tmp_path):
     (tmp_path / "a.parquet").write_text("no Parquet file")
-    with pytest.raises(InputError, match="not a readable Parquet file"):
+    with pytest.raises(InputError, match="not a readable Parquet or CSV file"):
         parquet.load(parquet.Settings(path=str(tmp_path / "a.parquet")), {})
     with pytest.raises(InputError, match="is not a file"):
         parquet.load(parquet.Settings(), {})

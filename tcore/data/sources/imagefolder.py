@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from tcore.data.images import ImageSet
 from tcore.data.sources._reading import at_least, decode, hold_out, square, stack
@@ -43,7 +44,7 @@ def _classes(settings: Settings, folder: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _read(folder: Path, names: tuple[str, ...], size: int, origin: str) -> ImageSet:
+def _files(folder: Path, names: tuple[str, ...]) -> tuple[list[Path], list[int]]:
     paths, labels = [], []
     for label, name in enumerate(names):
         found = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in SUFFIXES)
@@ -51,8 +52,22 @@ def _read(folder: Path, names: tuple[str, ...], size: int, origin: str) -> Image
             raise InputError(f"imagefolder: no images of class {name!r} in {folder / name}")
         paths += found
         labels += [label] * len(found)
-    pixels = stack((square(decode(path, str(path)), size) for path in paths), len(paths), str(folder))
+    return paths, labels
+
+
+def _read(folder: Path, names: tuple[str, ...], size: int, origin: str) -> ImageSet:
+    paths, labels = _files(folder, names)
+    images = tqdm(paths, desc=f"reading {folder}", unit="image")
+    pixels = stack((square(decode(path, str(path)), size) for path in images), len(paths), str(folder))
     return ImageSet(pixels, np.array(labels), np.arange(len(paths)), names, origin)
+
+
+def names(settings: Settings, index: np.ndarray) -> list[str]:
+    """The files of training images by their `index`."""
+    root = Path(settings.path)
+    folder = root / "train" if (root / "train").is_dir() else root
+    paths = _files(folder, _classes(settings, folder))[0]
+    return [str(paths[i]) for i in index]
 
 
 def load(settings: Settings, archives: dict) -> dict[str, ImageSet]:

@@ -1,8 +1,10 @@
-"""A Parquet file with encoded images (PNG, JPEG, ...), labels and, where it has one, a column of splits.
+"""A Parquet file with encoded images (PNG, JPEG, ...), labels and, where it has one, a column of splits;
+or a CSV or Parquet file that names image files.
 
-The image column holds bytes, or structs with a field `bytes`. The split column marks the
-training rows `train` and the test rows `test` (where there are none, `val`); other rows and
-other columns are ignored. Without a split column a share of every class is held out.
+The image column holds bytes, or structs with a field `bytes`, or paths, relative to the table's folder
+(what lies behind a path is no input of the workflow: after changing an image, change the table).
+The split column marks the training rows `train` and the test rows `test` (where there are none, `val`);
+other rows and other columns are ignored. Without a split column a share of every class is held out.
 Class names are the JSON list `class_names` of the schema metadata, whose positions the labels then are;
 otherwise the sorted distinct labels. `index` is the row in the file.
 
@@ -19,6 +21,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pyarrow import csv
+from tqdm import tqdm
 
 from tcore import seeds
 from tcore.data.images import ImageSet
@@ -28,8 +32,8 @@ from tcore.files import InputError
 
 @dataclass(frozen=True)
 class Settings:
-    path: str = ""  # the file, relative to the working directory
-    image_column: str = "image"  # encoded images
+    path: str = ""  # the file, .csv or Parquet, relative to the working directory
+    image_column: str = "image"  # encoded images or paths to image files
     label_column: str = "label"  # classes, as numbers or as text
     split_column: str | None = "split"  # 'train', 'test' or 'val'; null: hold out test_share
     image_size: int | None = None  # height and width in pixels; null: as stored
@@ -41,24 +45,37 @@ class Settings:
 
 def _table(settings: Settings) -> pa.Table:
     if not Path(settings.path).is_file():
-        raise InputError(f"parquet: path = {settings.path!r} is not a file; name the Parquet file to read")
+        raise InputError(f"parquet: path = {settings.path!r} is not a file; name the table to read")
     try:
+        if Path(settings.path).suffix.lower() == ".csv":
+            table = csv.read_csv(settings.path)
+            return table.select(_columns(settings, table.column_names))
         with pq.ParquetFile(settings.path) as file:
-            known = ", ".join(file.schema_arrow.names)
-            columns = {
-                field: column
-                for field in ("image_column", "label_column", "split_column")
-                if (column := getattr(settings, field)) is not None
-            }
-            for field, column in columns.items():
-                if column not in file.schema_arrow.names:
-                    hint = " (null: there is none)" if field == "split_column" else ""
-                    raise InputError(
-                        f"{settings.path}: no column {column!r}: set {field}{hint}; columns: {known}"
-                    )
-            return file.read(list(columns.values()))
+            return file.read(_columns(settings, file.schema_arrow.names))
     except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{settings.path}: not a readable Parquet file ({error})") from error
+        raise InputError(f"{settings.path}: not a readable Parquet or CSV file ({error})") from error
+
+
+def _columns(settings: Settings, known: list[str]) -> list[str]:
+    """The columns that the settings name, all of them in the file."""
+    columns = []
+    for field in ("image_column", "label_column", "split_column"):
+        if (column := getattr(settings, field)) is not None:
+            if column not in known:
+                hint = " (null: there is none)" if field == "split_column" else ""
+                raise InputError(
+                    f"{settings.path}: no column {column!r}: set {field}{hint}; columns: {', '.join(known)}"
+                )
+            columns.append(column)
+    return columns
+
+
+def names(settings: Settings, index: np.ndarray) -> list[str]:
+    """The paths in the image column, or else the rows, of training images by their `index`."""
+    column = _table(settings)[settings.image_column]
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        return column.take(pa.array(index)).to_pylist()
+    return [f"row {row}" for row in index]
 
 
 def _class_names(settings: Settings, meta: dict[bytes, bytes]) -> list | None:
@@ -120,8 +137,11 @@ def load(settings: Settings, archives: dict) -> dict[str, ImageSet]:
     def read(row: int):
         where = f"{settings.path}: row {row} of column {settings.image_column!r}"
         content = images[row].as_py()
-        if not isinstance(content, bytes):
-            raise InputError(f"{where} holds no bytes but {type(content).__name__}")
+        if isinstance(content, str):
+            path = Path(settings.path).parent / content
+            where, content = f"{path} ({where})", path
+        if not isinstance(content, bytes | Path):
+            raise InputError(f"{where} holds neither bytes nor a path but {type(content).__name__}")
         image = decode(content, where)
         return image if settings.image_size is None else square(image, settings.image_size)
 
@@ -130,7 +150,8 @@ def load(settings: Settings, archives: dict) -> dict[str, ImageSet]:
         if limit is not None and limit < len(rows):
             rng = np.random.default_rng(seeds.derive(settings.seed, "parquet", name))
             rows = np.sort(rng.choice(rows, limit, replace=False))
-        pixels = stack(map(read, rows.tolist()), len(rows), settings.path)
+        bar = tqdm(rows.tolist(), desc=f"reading {settings.path}, {name}", unit="image")
+        pixels = stack(map(read, bar), len(rows), settings.path)
         return ImageSet(pixels, labels[rows], rows, names, f"{origin}, {name}")
 
     return {"train": split("train", settings.max_train), "test": split("test", settings.max_test)}

@@ -1,0 +1,106 @@
+# What comes from outside: an encoder in somebody's file, labelled images. Nobody knows whether anything is
+# poisoned, so there is no truth to measure against: the user gets a clean model and an audit.
+
+
+rule import_encoder:
+    input:
+        checkpoint=of_encoder("file"),
+    output:
+        encoder="data/encoders/{pretrain}-received/{downstream}/{seed}/encoder.safetensors",
+        record="data/encoders/{pretrain}-received/{downstream}/{seed}/import_encoder.run.json",
+    log:
+        "<logs>/import_encoder/{pretrain}/{downstream}/{seed}.log",
+    params:
+        code=code("import_encoder"),
+        architecture=of_encoder("architecture"),
+        image_size=of_encoder("image_size"),
+        mean=of_encoder("mean"),
+        std=of_encoder("std"),
+    message:
+        "Importing the encoder {wildcards.pretrain} from {input.checkpoint}"
+    shell:
+        "python scripts/import_encoder.py --checkpoint {input.checkpoint:q} --architecture {params.architecture}"
+        " --image-size {params.image_size} --mean {params.mean} --std {params.std}"
+        " --encoder {output.encoder} --record {output.record} > {log} 2>&1"
+
+
+rule check_received:
+    input:
+        encoder="data/encoders/{pretrain}-received/{downstream}/{seed}/encoder.safetensors",
+        images="data/datasets/{downstream}/train.parquet",
+    output:
+        record="data/defended/{pretrain}-received/{downstream}-received/{seed}/check_received.run.json",
+    log:
+        "<logs>/check_received/{pretrain}/{downstream}/{seed}.log",
+    resources:
+        gpu=1,
+    params:
+        code=code("check_received"),
+        settings=settings("sift", "expand", "filter_channels", "bootstrap"),
+    message:
+        "Do the encoder {wildcards.pretrain}, the images {wildcards.downstream} and the settings go together?"
+    shell:
+        "python scripts/check_received.py --encoder {input.encoder} --images {input.images}"
+        " --settings {params.settings:q} --record {output.record} > {log} 2>&1"
+
+
+rule export_model:
+    input:
+        model="data/defended/{pretrain}-received/{downstream}-received/{seed}/tcore/model.safetensors",
+    output:
+        exported="data/results/{pretrain}-received/{downstream}-received/{seed}/model.pt",
+        record="data/results/{pretrain}-received/{downstream}-received/{seed}/export_model.run.json",
+    log:
+        "<logs>/export_model/{pretrain}/{downstream}/{seed}.log",
+    params:
+        code=code("export_model"),
+    message:
+        "Exporting the clean model for use elsewhere"
+    shell:
+        "python scripts/export_model.py --model {input.model} --exported {output.exported}"
+        " --record {output.record} > {log} 2>&1"
+
+
+rule audit:
+    input:
+        checked="data/defended/{pretrain}-received/{downstream}-received/{seed}/check_received.run.json",
+        encoder="data/encoders/{pretrain}-received/{downstream}/{seed}/import_encoder.run.json",
+        train="data/datasets/{downstream}/train.parquet",
+        test="data/datasets/{downstream}/test.parquet",
+        model="data/defended/{pretrain}-received/{downstream}-received/{seed}/tcore/model.safetensors",
+        seeds="data/defended/{pretrain}-received/{downstream}-received/{seed}/tcore/seeds.parquet",
+        subset="data/defended/{pretrain}-received/{downstream}-received/{seed}/tcore/subset.parquet",
+        channels="data/defended/{pretrain}-received/{downstream}-received/{seed}/tcore/channels.safetensors",
+        pool="data/defended/{pretrain}-received/{downstream}-received/{seed}/tcore/pool.parquet",
+        undefended="data/results/{pretrain}-received/{downstream}-received/{seed}/none/predictions.parquet",
+        defended="data/results/{pretrain}-received/{downstream}-received/{seed}/tcore/predictions.parquet",
+        template="workflow/audit.html.jinja",
+        style="workflow/style.css",
+    output:
+        audit="data/results/{pretrain}-received/{downstream}-received/{seed}/audit.html",
+        distrust="data/results/{pretrain}-received/{downstream}-received/{seed}/distrust.csv",
+        record="data/results/{pretrain}-received/{downstream}-received/{seed}/audit.run.json",
+    log:
+        "<logs>/audit/{pretrain}/{downstream}/{seed}.log",
+    resources:
+        gpu=1,
+    params:
+        code=code_of_audit,
+        source=lambda wildcards: experiment["datasets"][wildcards.downstream]["source"],
+        settings=lambda wildcards: canonical(experiment["datasets"][wildcards.downstream]["settings"]),
+    message:
+        "Writing the audit of {wildcards.pretrain} and {wildcards.downstream} (seed {wildcards.seed})"
+    shell:
+        "python scripts/audit.py --checked {input.checked} --encoder {input.encoder} --train {input.train}"
+        " --test {input.test} --model {input.model} --seeds {input.seeds} --subset {input.subset}"
+        " --channels {input.channels} --pool {input.pool}"
+        " --undefended {input.undefended} --defended {input.defended}"
+        " --source {params.source} --settings {params.settings:q}"
+        " --audit {output.audit} --distrust {output.distrust} --record {output.record} > {log} 2>&1"
+
+
+audits = [
+    path
+    for rule_ in (rules.audit, rules.export_model)
+    for path in expand(rule_.output[0], zip, **RECEIVED.drop_duplicates(["pretrain", "downstream", "seed"]))
+]

@@ -1,0 +1,151 @@
+"""`python -m tcore secure`: your encoder and your images in, a clean model and an audit out.
+`python -m tcore predict`: what a model says about the images in a folder.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from tcore import registry
+from tcore.cli import run
+from tcore.files import InputError, atomic
+
+ROOT = Path(__file__).resolve().parents[1]
+OWN = ROOT / "config" / "own.yaml"
+BLOCK = 512  # images decoded at a time
+
+
+def own_config(args: argparse.Namespace) -> dict:
+    """config/own.yaml with the flags filled in; paths are absolute, so that it can be used from anywhere."""
+    config = yaml.safe_load(OWN.read_text())
+    images = args.images.resolve()
+    if not images.exists():
+        raise InputError(f"--images {args.images}: no such folder or table")
+    if not args.encoder.is_file():
+        raise InputError(f"--encoder {args.encoder}: no such file")
+    config["seeds"] = [args.seed]
+    encoder = f"{args.name}_encoder"
+    config["pairs"] = [{"pretrain": encoder, "downstream": args.name}]
+    config["encoders"] = {
+        encoder: {
+            "file": str(args.encoder.resolve()),
+            "architecture": args.architecture,
+            "image_size": args.image_size,
+            "mean": args.mean,
+            "std": args.std,
+        }
+    }
+    settings = {"path": str(images), "image_size": args.image_size, "test_share": args.test_share}
+    if images.is_file():
+        columns = ("image_column", "label_column", "split_column")
+        settings |= {name: getattr(args, name) for name in columns}
+    source = "imagefolder" if images.is_dir() else "parquet"
+    config["datasets"] = {args.name: {"source": source, "settings": settings}}
+    if args.seed_share:
+        config["methods"]["sift"]["seed_share"] = args.seed_share
+    return config
+
+
+def secure(args: argparse.Namespace) -> None:
+    config = own_config(args)
+    path = ROOT / "data" / "own" / f"{args.name}.yaml"
+    with atomic(path) as temporary:
+        temporary.write_text(f"# Written by `python -m tcore secure`.\n{yaml.safe_dump(config)}")
+    command = [sys.executable, "-m", "snakemake", "--cores", "all", "--quiet", "reason", "host"]
+    command += ["--configfile", str(path), *(["--dry-run"] if args.dry_run else [])]
+    status = subprocess.run(command, cwd=ROOT).returncode
+    if status:
+        raise InputError("it stopped, the reason stands above; mend it and run the same command again")
+    if not args.dry_run:
+        cell = f"{args.name}_encoder-received/{args.name}-received/{args.seed}"
+        results, defended = (ROOT / "data" / family / cell for family in ("results", "defended"))
+        print(f"The audit            {results / 'audit.html'}")
+        print(f"Images by distrust   {results / 'distrust.csv'}")
+        print(f"The clean model      {defended / 'tcore' / 'model.safetensors'}")
+        print(f"... as TorchScript   {results / 'model.pt'}")
+        print(f"Without T-Core       {defended / 'none' / 'model.safetensors'}")
+
+
+def predict(args: argparse.Namespace) -> None:
+    import pandas as pd
+    import torch
+    from tqdm import tqdm
+
+    from tcore import device as devices
+    from tcore.data.sources._reading import decode, square, stack
+    from tcore.data.sources.imagefolder import SUFFIXES
+    from tcore.files import load_tensors
+    from tcore.models.classifier import load_classifier, logits
+
+    if not args.images.is_dir():
+        raise InputError(f"--images {args.images}: no such folder")
+    paths = sorted(path for path in args.images.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise InputError(f"--images {args.images}: no images in it ({', '.join(sorted(SUFFIXES))})")
+    model = load_classifier(args.model).to(devices.pick())
+    names = load_tensors(args.model)[1]["class_names"]
+    size = model.encoder.image_size
+    tables = []
+    for start in tqdm(range(0, len(paths), BLOCK), desc="predict", unit="block"):
+        part, images, problems = paths[start : start + BLOCK], [], []
+        for path in part:
+            try:
+                images.append(square(decode(path, str(path)), size))
+                problems.append("")
+            except InputError as error:
+                problems.append(str(error))
+        table = pd.DataFrame({"image": list(map(str, part)), "class": None, "confidence": None})
+        if images:
+            pixels = torch.from_numpy(stack(images, len(images), str(args.images))).permute(0, 3, 1, 2)
+            confidence, best = logits(model, pixels).softmax(1).cpu().max(1)
+            good = [not problem for problem in problems]
+            table.loc[good, "class"] = [names[i] for i in best.tolist()]
+            table.loc[good, "confidence"] = confidence.numpy().round(4)
+        tables.append(table.assign(problem=problems))
+    found = pd.concat(tables, ignore_index=True)
+    with atomic(args.output) as temporary:
+        found.to_csv(temporary, index=False)
+    print(f"{len(found):,} images, {int((found['problem'] != '').sum())} unreadable: {args.output}")
+    print(found["class"].value_counts().to_string(header=False))
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m tcore", description=__doc__)
+    commands = top.add_subparsers(required=True)
+    one = commands.add_parser("secure", help="a clean model and an audit")
+    one.set_defaults(run=secure)
+    one.add_argument("--encoder", type=Path, required=True, help="a state_dict: .pt, .pth or .safetensors")
+    one.add_argument("--architecture", required=True, choices=registry.architectures())
+    one.add_argument("--images", type=Path, required=True, help="folder per class, or a .csv or Parquet file")
+    one.add_argument("--image-size", type=int, required=True, help="what the encoder takes, in pixels")
+    for name in ("mean", "std"):
+        meaning = f"{name} it was trained with, of pixels in [0, 1]"
+        one.add_argument(
+            f"--{name}", type=float, nargs=3, metavar=("R", "G", "B"), required=True, help=meaning
+        )
+    one.add_argument("--test-share", type=float, default=0.2, help="held out where no split is given")
+    one.add_argument("--image-column", default="image", help="of a table: images or paths")
+    one.add_argument("--label-column", default="label", help="of a table")
+    one.add_argument("--split-column", help="of a table, if it has one: train, test or val")
+    one.add_argument("--seed-share", type=float, help="of each class trusted first; default as in own.yaml")
+    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--name", default="mine", help="of a-z, 0-9 and _: what it is called below data/")
+    one.add_argument("--dry-run", action="store_true", help="say what would be done")
+    two = commands.add_parser("predict", help="what a model says about the images in a folder")
+    two.set_defaults(run=predict)
+    two.add_argument("--model", type=Path, required=True, help="model.safetensors")
+    two.add_argument("--images", type=Path, required=True, help="folder; subfolders are read too")
+    two.add_argument("--output", type=Path, required=True, help="out: CSV")
+    return top
+
+
+def main() -> None:
+    args = parser().parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    run(main)
