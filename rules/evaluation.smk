@@ -102,7 +102,8 @@ rule make_report:
         " --grid {params.grid:q} --output {output.output} --record {output.record} > {log} 2>&1"
 
 
-# What is there so far. Nothing but the files on disk is asked for, so this works while another run goes on.
+# What is there so far. No cell is an input, so this works while another run computes them: `snakemake --nolock
+# preview`; without --nolock, Snakemake would remove the other run's locks when it is done.
 use rule collect as collect_available with:
     input:
         [],

@@ -273,23 +273,24 @@ def test_the_run_leaves_a_report_and_is_then_up_to_date(finished):
 def test_a_preview_of_what_is_there_while_another_run_goes_on(finished):
     metrics = finished / "data/results/scenes-badencoder/signs-adaptive/0/strip/metrics.parquet"
     away, locks = metrics.with_name("away"), finished / ".snakemake/locks"
-    snakemake(finished, "--cores", "1", "preview", *SMOKE)
+    preview = ("--cores", "1", "--nolock", "preview", *SMOKE)
+    snakemake(finished, *preview)
     table = finished / "data/preview/table.csv"
     assert table.read_bytes() == (finished / "data/results/table.csv").read_bytes()
     metrics.rename(away)
     locks.mkdir(exist_ok=True)
-    (locks / "0.output.lock").write_text("data/results/results.parquet\n")
+    lock = locks / "0.output.lock"
+    lock.write_text("data/results/results.parquet\n")
     try:
-        locked = [sys.executable, "-m", "snakemake", "--cores", "1", *SMOKE]
-        assert (
-            "cannot be locked" in subprocess.run(locked, cwd=finished, capture_output=True, text=True).stderr
-        )
-        snakemake(finished, "--cores", "1", "preview", *SMOKE)
+        snakemake(finished, *preview)
         assert len(table.read_text().splitlines()) == 1 + 2
         assert "2 of 3 cells of the grid are there." in (finished / "data/preview/report.html").read_text()
+        locked = [sys.executable, "-m", "snakemake", "--cores", "1", "--forcerun", "collect", *SMOKE]
+        run = subprocess.run(locked, cwd=finished, capture_output=True, text=True)
+        assert run.returncode != 0 and "cannot be locked" in run.stdout + run.stderr
     finally:
         away.rename(metrics)
-        (locks / "0.output.lock").unlink()
+        lock.unlink()
     assert stale(finished) == {}
 
 
