@@ -29,8 +29,7 @@ def main() -> None:
         log |= received.check(load_encoder(args.encoder).to(device), read_images(args.images), *settings)
         print(
             f"{log['images']:,} training images of {log['classes']:,} classes, {log['smallest']:,} to "
-            f"{log['largest']:,} each; T-Core will take about {log['seconds']:,} seconds on this device, "
-            "the training of heads not counted"
+            f"{log['largest']:,} each; T-Core will take about {log['seconds']:,} seconds here, without heads"
         )
 
 

@@ -4,19 +4,26 @@ import copy
 import re
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
+from PIL import Image
 
-from tcore import grid, provenance, received, registry
+from tcore import __main__ as command
+from tcore import audit, grid, provenance, received, registry
 from tcore.config import require_files, validate
 from tcore.data.images import ImageSet
+from tcore.data.sources import imagefolder, parquet
 from tcore.files import InputError
 from tcore.models import head as heads
-from tcore.models.encoder import ARCHITECTURES, Encoder
+from tcore.models.classifier import Classifier, save_classifier
+from tcore.models.encoder import ARCHITECTURES, Encoder, floats
+from tcore.models.export import export
 from tcore.stages import bootstrap, expand, filter_channels, sift
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -144,23 +151,9 @@ def test_nothing_on_this_path_asks_for_a_truth_and_no_stage_for_held_out_images(
     text = "\n".join(lines)
     assert not re.search("truth|trigger|poison", text)
     commands = re.findall(r"python scripts/(\w+)\.py .*", text)
-    assert sorted(commands) == sorted(
-        [
-            "import_encoder",
-            "prepare_dataset",
-            "check_received",
-            "extract_features",
-            "train_head",
-            "sift",
-            "expand",
-            "filter_channels",
-            "bootstrap",
-            "predict",
-            "predict",
-            "export_model",
-            "audit",
-        ]
-    )
+    steps = "import_encoder prepare_dataset check_received extract_features train_head sift expand "
+    steps += "filter_channels bootstrap predict predict export_model audit"
+    assert sorted(commands) == sorted(steps.split())
     readers = {re.search(r"scripts/(\w+)", line)[1] for line in lines if "datasets/mine/test" in line}
     assert readers == {"prepare_dataset", "predict", "audit"}
     assert f"--checkpoint '{folder}/encoder.pth'" in text
@@ -260,3 +253,241 @@ def test_the_check_as_a_whole():
     assert found["seconds"] > 0 and found["duplicates"] == found["contradictions"] == 0
     with pytest.raises(InputError, match="takes 16x16 images, these are 8x8; set image_size"):
         received.check(Encoder("resnet_tiny", 16), images_of(100, 120), *stages)
+
+
+# The audit
+
+
+def tables(n: int, left: set[int]) -> dict[str, pd.DataFrame]:
+    """All joined in round 1 but row 0, a seed, and those left out."""
+    rounds = np.where(np.isin(np.arange(n), list(left)), -1, 1)
+    rounds[0] = 0
+    index = {"index": np.arange(n)}
+    return {
+        "seeds": pd.DataFrame(index | {"trusted": np.arange(n) == 0}),
+        "subset": pd.DataFrame(index | {"round": np.where(np.arange(n) < 2, np.arange(n), -1)}),
+        "pool": pd.DataFrame(index | {"round": rounds, "phase": np.where(rounds > 0, 2, 0)}),
+    }
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    encoder = Encoder("resnet_tiny", 8, (0.4, 0.5, 0.6), (0.1, 0.2, 0.3))
+    return Classifier(encoder, heads.Head(encoder.dim, 2, heads.Settings(hidden=(8, 4)))).eval()
+
+
+def test_distrust_puts_what_was_left_out_first_and_the_least_likely_labels_before_others(model):
+    images = images_of(6, 6)
+    found = audit.distrust(images, model, *tables(12, {3, 8, 9}).values())
+    assert set(found["index"][:3]) == {3, 8, 9} and found["index"].iloc[-1] == 0
+    out = model(floats(images.tensor)).detach().double()
+    loss = -out.log_softmax(1).numpy()[np.arange(12), images.labels]
+    assert found["loss"].to_numpy() == pytest.approx(loss[found["index"]], rel=1e-4)
+    for part in (found[:3], found[3:-1]):
+        assert (np.diff(part["loss"]) <= 0).all()
+    said = [images.class_names[k] for k in out.argmax(1)]
+    assert found.sort_values("index")["clean_model_says"].tolist() == said
+
+
+def test_the_class_that_loses_most_stands_out():
+    images = images_of(100, 100)
+    table = pd.DataFrame(
+        {
+            "class": ["class 0"] * 100 + ["class 1"] * 100,
+            "clean_model_says": ["class 0"] * 200,
+            "left_out": [i % 50 == 0 for i in range(100)] + [i < 30 for i in range(100)],
+            "seed": False,
+            "in_subset": False,
+            "row": range(200),
+        }
+    )
+    found = audit.classes(images, table)
+    assert found["left_out"].tolist() == [2, 30] and found["other"].tolist() == [0, 30]
+    assert found["excess"].tolist() == pytest.approx([0.02 / 0.16, 0.3 / 0.16])
+    assert found["stands_out"].tolist() == [False, False]
+    table.loc[table.index[100:140], "left_out"] = True
+    table.loc[:99, "left_out"] = False
+    assert audit.classes(images, table)["stands_out"].tolist() == [False, True]
+
+
+def test_held_out_images_that_were_trained_on_do_not_count():
+    train, test = images_of(5, 5), images_of(2, 2, seed=1)
+    test.pixels[0] = train.pixels[9]
+
+    def predictions(*said: int) -> pd.DataFrame:
+        return pd.DataFrame({"index": range(4), "label": test.labels, "view": "clean", "prediction": said})
+
+    found = audit.held_out(train, test, predictions(0, 0, 1, 1), predictions(1, 0, 0, 1))
+    assert found["known"] == 1 and found["differ"].tolist() == [2]
+    assert found["accuracies"]["none"][::3] == (1.0, 3)
+    assert found["accuracies"]["tcore"].value == pytest.approx(2 / 3)
+
+
+# The model for use elsewhere
+
+
+@pytest.mark.parametrize("architecture", ["resnet_tiny", "vit"])
+def test_torchscript_says_what_the_model_says_and_knows_its_classes(tmp_path, architecture):
+    torch.manual_seed(0)
+    encoder = Encoder(architecture, 16, (0.4, 0.5, 0.6), (0.1, 0.2, 0.3))
+    model = Classifier(encoder, heads.Head(encoder.dim, 3, heads.Settings(hidden=(8, 4)))).eval()
+    names = ("a b", "ü", "c")
+    export(tmp_path / "model.pt", model, names)
+    images = torch.randint(0, 256, (7, 3, 16, 16), dtype=torch.uint8)
+    program = (
+        "import sys, torch; model = torch.jit.load(sys.argv[1]); "
+        "assert list(model.class_names) == ['a b', 'ü', 'c']; "
+        "torch.save(model(torch.load(sys.argv[2])), sys.argv[3]); assert 'tcore' not in sys.modules"
+    )
+    torch.save(images, tmp_path / "images")
+    paths = [str(tmp_path / name) for name in ("model.pt", "images", "out")]
+    subprocess.run([sys.executable, "-c", program, *paths], check=True)
+    expected = model(images.float() / 255).softmax(1)
+    torch.testing.assert_close(torch.load(tmp_path / "out"), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_predict_reads_any_picture_and_goes_on_after_a_broken_one(model, tmp_path, monkeypatch):
+    save_classifier(tmp_path / "model.safetensors", model, ("one thing", "another"))
+    folder = tmp_path / "my pictures"
+    (folder / "more").mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    Image.fromarray(pixels).save(folder / "a.png")
+    Image.fromarray(pixels).convert("CMYK").save(folder / "more" / "b.jpg")
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    (folder / "notes.txt").write_text("no picture")
+    flags = f"predict --model {tmp_path}/model.safetensors --output {tmp_path}/p.csv"
+    run_command(monkeypatch, flags, folder)
+    found = pd.read_csv(tmp_path / "p.csv", keep_default_na=False)
+    assert [Path(path).name for path in found["image"]] == ["a.png", "broken.jpg", "b.jpg"]
+    assert "broken.jpg: not a readable image" in found["problem"][1] and found["class"][1] == ""
+    best = int(model(floats(torch.from_numpy(pixels).permute(2, 0, 1)[None])).argmax())
+    assert found["class"][0] == ("one thing", "another")[best]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no images in it"):
+        run_command(monkeypatch, flags, tmp_path / "empty")
+
+
+def run_command(monkeypatch, text: str, images: Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["tcore", *text.split(), "--images", str(images)])
+    command.main()
+
+
+def test_secure_writes_the_configuration_that_its_flags_say(monkeypatch, tmp_path):
+    (tmp_path / "e.pth").touch()
+    (tmp_path / "set of images").mkdir()
+    called = []
+    monkeypatch.setattr(command, "ROOT", tmp_path)
+    monkeypatch.setattr(
+        command.subprocess, "run", lambda c, cwd: called.append(c) or subprocess.CompletedProcess(c, 1)
+    )
+    flags = (
+        f"secure --encoder {tmp_path}/e.pth --architecture resnet18 --image-size 64 --name my_set --seed 3"
+    )
+    flags += " --mean 0.1 0.2 0.3 --std 0.4 0.5 0.6 --seed-share 0.05"
+    with pytest.raises(InputError, match="it stopped"):
+        run_command(monkeypatch, flags, tmp_path / "set of images")
+    path = tmp_path / "data/own/my_set.yaml"
+    assert called[0][1:3] == ["-m", "snakemake"] and called[0][-1] == str(path)
+    demo = yaml.safe_load((ROOT / "config/config.yaml").read_text())
+    config = validate(demo | yaml.safe_load(path.read_text()))
+    require_files(config)
+    assert config["encoders"]["my_set_encoder"]["std"] == [0.4, 0.5, 0.6]
+    assert config["datasets"]["my_set"]["settings"]["path"] == str(tmp_path / "set of images")
+    assert config["methods"]["sift"]["seed_share"] == 0.05 and config["seeds"] == [3]
+    assert set(grid.cells(config)["scenario"]) == {"received"}
+    with pytest.raises(InputError, match=r"--images .*gone: no such folder"):
+        run_command(monkeypatch, flags, tmp_path / "gone")
+
+
+# Wrong uses of images
+
+
+def saved(folder: Path, **pictures) -> Path:
+    for name, picture in pictures.items():
+        path = folder / name.replace("__", "/").replace("_", " ")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path.with_suffix(".png" if picture.mode != "CMYK" else ".jpg"))
+    return folder
+
+
+def grey(value: int, mode: str = "L") -> Image.Image:
+    return Image.new("RGB", (9, 7), (value,) * 3).convert(mode)
+
+
+def test_colour_modes_are_handled_and_names_may_have_spaces(tmp_path):
+    deep = Image.fromarray(np.full((7, 9), 128 * 257, np.uint16))
+    folder = saved(
+        tmp_path, red_fox__1=grey(128), red_fox__2=grey(128, "RGBA"), red_fox__3=grey(128).quantize(4)
+    )
+    saved(tmp_path, grey_wolf__1=grey(128, "CMYK"), grey_wolf__2=grey(128, "LA"), grey_wolf__3=deep)
+    splits = imagefolder.load(imagefolder.Settings(path=str(folder), image_size=8, test_share=0.34), {})
+    for split in splits.values():
+        assert split.class_names == ("grey wolf", "red fox")
+        assert np.abs(split.pixels.astype(int) - 128).max() <= 2
+
+
+def bomb(path: Path) -> None:
+    """A PNG that says it is 60,000 pixels wide and high."""
+    header = (60_000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")):
+        content += len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:-400])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (bomb, r"cat/2\.jpg: not a readable image \(Image size .*decompression bomb"),
+        (cut, r"cat/2\.jpg: not a readable image \(.*truncated"),
+        (lambda path: path.write_bytes(b""), r"cat/2\.jpg: not a readable image"),
+        (lambda path: [p.unlink() for p in path.parent.iterdir()], "no images of class 'cat'"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path, damage, message):
+    saved(tmp_path, cat__1=grey(1), cat__3=grey(3), dog__1=grey(2), dog__2=grey(4))
+    damage(tmp_path / "cat" / "2.jpg")
+    with pytest.raises(InputError, match=message):
+        imagefolder.load(imagefolder.Settings(path=str(tmp_path), image_size=8), {})
+
+
+def test_an_empty_folder_and_a_class_of_one_image(tmp_path):
+    with pytest.raises(InputError, match="one folder per class, it has 0"):
+        imagefolder.load(imagefolder.Settings(path=str(tmp_path)), {})
+    saved(tmp_path, cat__1=grey(1), dog__1=grey(2), dog__2=grey(3), dog__3=grey(3))
+    train = imagefolder.load(imagefolder.Settings(path=str(tmp_path), image_size=8, test_share=0.3), {})[
+        "train"
+    ]
+    with pytest.raises(InputError, match="'cat' has 1"):
+        received.check_classes(train, sift.Settings())
+
+
+def test_a_table_of_paths(tmp_path):
+    saved(tmp_path, in_here__1=grey(10), in_here__2=grey(20), in_here__3=grey(30))
+    rows = "file,what,part\nin here/1.png,red fox,train\nin here/2.png,wolf,train\nin here/3.png,wolf,test\n"
+    (tmp_path / "list.csv").write_text(rows)
+    columns = {"image_column": "file", "label_column": "what", "split_column": "part"}
+    settings = parquet.Settings(path=str(tmp_path / "list.csv"), image_size=8, **columns)
+    splits = parquet.load(settings, {})
+    assert splits["train"].pixels[:, 0, 0, 0].tolist() == [10, 20]
+    assert splits["train"].labels.tolist() == [0, 1]
+    assert splits["test"].pixels[0, 0, 0, 0] == 30 and splits["test"].class_names == ("red fox", "wolf")
+    assert parquet.names(settings, splits["train"].index[::-1]) == ["in here/2.png", "in here/1.png"]
+    (tmp_path / "in here" / "2.png").unlink()
+    with pytest.raises(InputError, match=r"2\.png \(.*row 1 of column 'file'\): not a readable"):
+        parquet.load(settings, {})
+
+
+def test_images_have_the_names_of_their_files(tmp_path):
+    saved(tmp_path, cat__1=grey(1), cat__2=grey(2), cat__3=grey(3))
+    saved(tmp_path, dog__1=grey(4), dog__2=grey(5), dog__3=grey(6))
+    settings = imagefolder.Settings(path=str(tmp_path), image_size=8, test_share=0.34)
+    train = imagefolder.load(settings, {})["train"]
+    for name, pixels in zip(imagefolder.names(settings, train.index), train.pixels, strict=True):
+        assert np.asarray(Image.open(name))[0, 0] == pixels[0, 0, 0]

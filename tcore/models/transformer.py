@@ -53,7 +53,7 @@ class Tokens(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         patches = F.unfold(images, self.patch, stride=self.patch).transpose(1, 2)
         tokens = self.linear(patches)
-        return torch.cat([self.token.expand(len(tokens), -1, -1), tokens], 1) + self.positions
+        return torch.cat([self.token.expand(tokens.shape[0], -1, -1), tokens], 1) + self.positions
 
 
 class Attention(nn.Module):

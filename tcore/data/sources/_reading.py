@@ -22,6 +22,8 @@ def decode(content: bytes | Path, where: str) -> Image.Image:
     """An RGB image from a file or its bytes, in any format that Pillow reads; `where` names it in errors."""
     try:
         with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+            if image.mode.startswith("I;16"):  # Pillow would cut it off at 255
+                return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
             return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{where}: not a readable image ({error}); mend or remove it") from error
