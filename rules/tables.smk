@@ -4,7 +4,7 @@ PUBLISHED = "config/paper.csv"
 REPORTED = tables.published(PUBLISHED)
 
 
-rule tabulate:
+rule compare_tables:
     input:
         published=PUBLISHED,
         metrics=metrics_of_table,
@@ -13,20 +13,20 @@ rule tabulate:
         csv="data/results/tables/table_{table}.csv",
         record="data/results/tables/table_{table}.run.json",
     log:
-        "<logs>/tabulate/{table}.log",
+        "<logs>/compare_tables/{table}.log",
     params:
-        code=code("tabulate"),
+        code=code("compare_tables"),
         grid=GRID,
     message:
         "Table {wildcards.table} of the paper beside what was reproduced"
     shell:
-        "python scripts/tabulate.py --table {wildcards.table} --published {input.published}"
+        "python scripts/compare_tables.py --table {wildcards.table} --published {input.published}"
         " --grid {params.grid:q} --data data"
         " --markdown {output.markdown} --csv {output.csv} --record {output.record} > {log} 2>&1"
 
 
 # As it stands now, like `preview` of the report.
-use rule tabulate as tabulate_available with:
+use rule compare_tables as compare_tables_available with:
     input:
         published=PUBLISHED,
     output:
@@ -34,9 +34,9 @@ use rule tabulate as tabulate_available with:
         csv="data/preview/table_{table}.csv",
         record="data/preview/table_{table}.run.json",
     log:
-        "<logs>/tabulate_available/{table}.log",
+        "<logs>/compare_tables_available/{table}.log",
     params:
-        code=code("tabulate"),
+        code=code("compare_tables"),
         grid=GRID,
         there=there,
 

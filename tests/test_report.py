@@ -405,7 +405,7 @@ def test_a_table_of_the_paper_from_the_files_of_cells(world, tmp_path):
     lines += ["9,scenes,signs,badencoder,sig,none,test,acc,50"]
     (tmp_path / "published.csv").write_text("\n".join(lines))
     command(
-        "tabulate", "--table", "9", "--published", tmp_path / "published.csv",
+        "compare_tables", "--table", "9", "--published", tmp_path / "published.csv",
         "--grid", json.dumps(world.axes()), "--data", world.data, "--markdown", tmp_path / "table.md",
         "--csv", tmp_path / "table.csv", "--record", tmp_path / "table.run.json",
     )  # fmt: skip

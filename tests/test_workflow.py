@@ -215,9 +215,13 @@ def test_a_table_of_the_paper_by_hand(sources, tmp_path):
     assert jobs["predict"] == jobs["evaluate"] == 2 * 2 * 2
     assert jobs["sift"] == jobs["bootstrap"] == jobs["train_head"] == jobs["poison_dataset"] == 4
     assert jobs["pretrain_encoder"] == jobs["poison_encoder"] == 2
-    assert jobs["tabulate"] == 1 and not {"defend", "collect", "make_report"} & set(jobs)
+    assert jobs["compare_tables"] == 1 and not {"defend", "collect", "make_report"} & set(jobs)
     for preview in ("preview", "data/preview/table_10.md"):
-        assert set(counts(plan(sources, *arguments, "--", preview))) <= {"collect", "make_report", "tabulate"}
+        assert set(counts(plan(sources, *arguments, "--", preview))) <= {
+            "collect",
+            "make_report",
+            "compare_tables",
+        }
 
 
 def test_a_table_that_the_grid_has_no_cell_of_says_what_to_do(sources):

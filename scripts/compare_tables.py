@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--record", required=True)
     args = parser.parse_args()
 
-    with record(args.record, "tabulate", {"table": args.table}, None) as log:
+    with record(args.record, "compare_tables", {"table": args.table}, None) as log:
         reported = tables.published(require(args.published))
         own = tables.cells(args.table, reported, grid.cells(args.grid))
         paths = [
