@@ -16,6 +16,7 @@ HEAD = heads.Settings(hidden=(64, 32), lr=0.01)
 SETTINGS = expand.Settings(
     subset_share=0.3, round_share=0.08, trust=0.3, epochs=10, steps=200, lr=0.01, batch=32
 )
+ASKED = replace(SETTINGS, witnesses=3)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,7 @@ def test_places_count_from_the_largest_value_of_each_group():
 def test_witnesses_learn_from_the_subset_alone(planted):
     features, labels, trusted, poison = planted
     lies = torch.where(trusted, labels, (labels + 1) % 4)
-    found = [expand.testify(features, given, trusted, 4, SETTINGS, HEAD, 0, "x") for given in (labels, lies)]
+    found = [expand.testify(features, given, trusted, 4, ASKED, HEAD, 0, "x") for given in (labels, lies)]
     assert torch.equal(found[0][trusted], found[1][trusted])
     clean = ~trusted & ~poison
     assert found[0][clean].quantile(0.99) < found[1][clean].quantile(0.01)
@@ -131,9 +132,9 @@ def test_a_strong_trigger_deceives_witnesses_and_not_confusion(planted):
     strong[poison] = 3 * torch.eye(12)[0] + 0.5 * noise[poison]
     poison = poison & (poison.cumsum(0) <= 20)
     strong[poison] = 6 * torch.eye(12)[0] + 0.1 * noise[poison]
-    doubt = expand.testify(strong, labels, trusted, 4, SETTINGS, HEAD, 0, "x")
+    doubt = expand.testify(strong, labels, trusted, 4, ASKED, HEAD, 0, "x")
     assert doubt[poison].max() < 0.05  # the witnesses have none
-    rounds = expand.expand(strong, labels, trusted, 4, replace(SETTINGS, subset_share=0.15), HEAD, 0)
+    rounds = expand.expand(strong, labels, trusted, 4, replace(ASKED, subset_share=0.15), HEAD, 0)
     assert (rounds[labels == 0] > 0).sum() >= 11 and (rounds[poison] > 0).sum() <= 1
 
 
