@@ -30,6 +30,11 @@ shell.prefix(
     f"export PATH={quote(str(Path(sys.executable).parent))}:$PATH PYTHONPATH={quote(str(workflow.basedir))}; "
 )
 
+if workflow.is_main_process:
+    from tcore import alive
+
+    running = alive.enter(".snakemake")  # held until this process ends
+
 
 include: "rules/common.smk"
 include: "rules/datasets.smk"
