@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tcore import provenance, registry
+from tcore import alive, provenance, registry
 from tcore.settings import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -277,6 +277,7 @@ def test_the_run_leaves_a_report_and_is_then_up_to_date(finished):
 def test_a_preview_of_what_is_there_while_another_run_goes_on(finished):
     metrics = finished / "data/results/scenes-badencoder/signs-adaptive/0/strip/metrics.parquet"
     away, locks = metrics.with_name("away"), finished / ".snakemake/locks"
+    another = alive.enter(finished / ".snakemake")
     preview = ("--cores", "1", "--nolock", "preview", *SMOKE)
     snakemake(finished, *preview)
     table = finished / "data/preview/table.csv"
@@ -294,8 +295,9 @@ def test_a_preview_of_what_is_there_while_another_run_goes_on(finished):
         assert run.returncode != 0 and "cannot be locked" in run.stdout + run.stderr
     finally:
         away.rename(metrics)
-        lock.unlink()
-    assert stale(finished) == {}
+        another.close()
+    lock.write_text("data/results/results.parquet\n")  # of a run that was killed
+    assert stale(finished) == {} and not lock.exists()
 
 
 def test_an_edit_makes_stale_what_depends_on_it_and_nothing_else(finished):
