@@ -28,10 +28,11 @@ sys.path.insert(0, str(workflow.basedir))
 shell.prefix(
     "set -euo pipefail; "
     f"export PATH={quote(str(Path(sys.executable).parent))}:$PATH PYTHONPATH={quote(str(workflow.basedir))}; "
+    'python() {{ command python -I -S "$PYTHONPATH"/tcore/starter.py "$@"; }}; '
 )
 
 if workflow.is_main_process:
-    from tcore import alive
+    from tcore import alive, starter
 
     running = alive.enter(".snakemake")  # held until this process ends
 
@@ -52,6 +53,8 @@ include: "rules/received.smk"
 onstart:
     for family in ("datasets", "encoders", "poisoned", "defended", "results"):
         Path("data", family).mkdir(parents=True, exist_ok=True)
+    if workflow.is_main_process and not workflow.deployment_settings.deployment_method:
+        globals()["server"] = starter.start()
 
 
 rule all:

@@ -6,7 +6,7 @@ must end in the same files:
     kills      `kill -9` at moments drawn from the seed, in turns for Snakemake with all its steps and for
                Snakemake alone, whose steps then run on beside the next start
     full disk  the whole folder on a disk that is too small, three times, each time larger
-    read-only  a folder of results, and one of poisoned sets, that must not be written to
+    read-only  the folder of results, then that of poisoned sets, must not be written to
     download   a connection that ends half-way, then a server that is gone
     damages    one artefact cut, or one bit flipped: would a dry run compute anything again?
 
@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COSTS = ("seconds", "peak_ram_mb", "peak_gpu_mb")
 WITH_COSTS = ("results.parquet", "table.csv", "report.html")  # hold the seconds of every step
 DAMAGES = ("truncated", "one bit flipped", "one bit flipped, time of change kept")
+FAMILIES = ("datasets", "encoders", "poisoned", "defended", "results")  # each made from those before
 ROOM = (0.1, 0.4, 0.8)  # of what the run writes, on the disks that are too small
 
 
@@ -72,19 +73,22 @@ class Copy:
         if done.returncode:
             sys.exit(f"error: the workflow failed where nothing disturbed it\n{done.stdout[-3000:]}")
 
-    def killed(self, after: float, steps: bool) -> bool:
-        """Whether a run was still going on when it was killed, on demand with the `steps` it had started."""
+    def killed(self, files: int, later: float, steps: bool) -> bool:
+        """Whether a run was killed, `later` seconds after there were so many files; or it had ended before.
+
+        With `steps`, what it had started is killed with it.
+        """
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         run = subprocess.Popen(
             [*self.command, *self.options], cwd=self.folder, start_new_session=True, **quiet
         )
-        try:
-            run.wait(after)
-            return False
-        except subprocess.TimeoutExpired:
-            os.killpg(run.pid, signal.SIGKILL) if steps else run.kill()
-            run.wait()
-            return True
+        while run.poll() is None:
+            time.sleep(0.1)
+            if sum(path.is_file() for path in (self.folder / "data").rglob("*")) >= files:
+                time.sleep(later)
+                os.killpg(run.pid, signal.SIGKILL) if steps else run.kill()
+                break
+        return run.wait() == -signal.SIGKILL
 
     def up_to_date(self) -> bool:
         return "Nothing to be done" in self.run("--dry-run", "--quiet", "reason").stdout
@@ -126,15 +130,14 @@ def answer(done: subprocess.CompletedProcess) -> str:
     return "with a clear error" if "error: " in done.stdout or "Error: " in done.stdout else "without a word"
 
 
-def kills(copy: Copy, number: int, whole: float, moments: random.Random) -> Counter[str]:
+def kills(copy: Copy, number: int, files: int, moments: random.Random) -> Counter[str]:
+    """Kills so many runs, each further on than the one before; the undisturbed run left so many `files`."""
     counts: Counter[str] = Counter()
-    for turn in range(number):
-        moment, steps = moments.uniform(0, whole / 2), turn % 2 == 0
-        hit = copy.killed(moment, steps)
+    for turn, share in enumerate(sorted(moments.random() for _ in range(number))):
+        steps = turn % 2 == 0
+        hit = copy.killed(int(share * files), moments.uniform(0, 3), steps)
         counts[f"killed {'with steps' if steps else 'alone'}" if hit else "finished before the kill"] += 1
         counts["locked afterwards"] += any((copy.folder / ".snakemake/locks").glob("*"))
-        if not hit:
-            break
     return counts
 
 
@@ -154,8 +157,10 @@ def resize(folder: Path, size: int) -> None:
 
 
 def read_only(copy: Copy, name: str) -> str:
+    """Forgets what the folder held and what came of it, and asks for it where it cannot be written."""
+    for later in FAMILIES[FAMILIES.index(name) :]:
+        shutil.rmtree(copy.folder / "data" / later)
     folder = copy.folder / "data" / name
-    shutil.rmtree(folder)
     folder.mkdir()
     subprocess.run(["mount", "--bind", str(folder), str(folder)], check=True)
     subprocess.run(["mount", "-o", "remount,bind,ro", str(folder)], check=True)
@@ -256,12 +261,11 @@ def main() -> None:
     peace = Copy(args.scratch / "peace", options, args.cores)
     start = time.perf_counter()
     peace.finish()
-    whole = time.perf_counter() - start
     expected = peace.contents()
-    print(f"undisturbed: {whole:.0f} s, {len(expected)} files", flush=True)
+    print(f"undisturbed: {time.perf_counter() - start:.0f} s, {len(expected)} files", flush=True)
 
     killed = Copy(args.scratch / "killed", options, args.cores)
-    counts = kills(killed, args.kills, whole, drawn)
+    counts = kills(killed, args.kills, len(expected), drawn)
     report("kills", counts + killed.differing(expected))
 
     small = args.scratch / "small"
