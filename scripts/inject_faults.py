@@ -106,7 +106,7 @@ class Copy:
             found[str(path.relative_to(self.folder))] = hashlib.sha256(blob).hexdigest()
         return found
 
-    def differing(self, expected: dict[str, str]) -> Counter[str]:
+    def differing(self, expected: dict[str, str]) -> dict[str, int]:
         """Finishes, and counts the files that are not as `expected`."""
         self.finish()
         found = self.contents()
@@ -116,9 +116,11 @@ class Copy:
         for name in names:
             print(f"  differs: {name}")
         left = len(list((self.folder / "data").rglob(".*.part")))
-        return Counter(
-            {"files compared": len(expected), "files that differ": len(names), "unfinished files left": left}
-        )
+        return {
+            "files compared": len(expected),
+            "files that differ": len(names),
+            "unfinished files left": left,
+        }
 
 
 def answer(done: subprocess.CompletedProcess) -> str:
@@ -253,9 +255,9 @@ def main() -> None:
     options, drawn = ["--configfile", *args.configfile], random.Random(args.seed)
     differing = 0
 
-    def report(fault: str, counts: Counter[str]) -> None:
+    def report(fault: str, counts: dict[str, int]) -> None:
         nonlocal differing
-        differing += counts["files that differ"]
+        differing += counts.get("files that differ", 0)
         print(f"{fault}: {dict(counts)}", flush=True)
 
     peace = Copy(args.scratch / "peace", options, args.cores)
@@ -266,7 +268,7 @@ def main() -> None:
 
     killed = Copy(args.scratch / "killed", options, args.cores)
     counts = kills(killed, args.kills, len(expected), drawn)
-    report("kills", counts + killed.differing(expected))
+    report("kills", counts | killed.differing(expected))
 
     small = args.scratch / "small"
     small.mkdir()
@@ -276,9 +278,9 @@ def main() -> None:
         try:
             disk = Copy(small, options, args.cores)
             size = sum(path.stat().st_size for path in (peace.folder / "data").rglob("*") if path.is_file())
-            report("full disk", full_disk(disk, size) + disk.differing(expected))
+            report("full disk", full_disk(disk, size) | disk.differing(expected))
             for name in ("results", "poisoned"):
-                report(f"read-only {name}", Counter([read_only(disk, name)]) + disk.differing(expected))
+                report(f"read-only {name}", {read_only(disk, name): 1} | disk.differing(expected))
         finally:
             subprocess.run(["umount", str(small)], check=True)
 
