@@ -123,13 +123,13 @@ class Copy:
         }
 
 
-def answer(done: subprocess.CompletedProcess) -> str:
-    """How a run that could not succeed ended."""
+def answer(done: subprocess.CompletedProcess, reason: str) -> str:
+    """How a run that could not succeed ended; clear is an error that names the reason, and no traceback."""
     if not done.returncode:
         return "not noticed"
     if "Traceback" in done.stdout:
         return "with a traceback"
-    return "with a clear error" if "error: " in done.stdout or "Error: " in done.stdout else "without a word"
+    return "with a clear error" if reason in done.stdout else "without its reason"
 
 
 def kills(copy: Copy, number: int, files: int, moments: random.Random) -> Counter[str]:
@@ -149,7 +149,7 @@ def full_disk(copy: Copy, size: int) -> Counter[str]:
     used = sum(path.lstat().st_size for path in copy.folder.rglob("*"))
     for room in ROOM:
         resize(copy.folder, used + int(room * size))
-        counts[answer(copy.run())] += 1
+        counts[answer(copy.run(), "No space left on device")] += 1
     resize(copy.folder, 4 * (used + size))
     return counts
 
@@ -167,7 +167,7 @@ def read_only(copy: Copy, name: str) -> str:
     subprocess.run(["mount", "--bind", str(folder), str(folder)], check=True)
     subprocess.run(["mount", "-o", "remount,bind,ro", str(folder)], check=True)
     try:
-        return answer(copy.run())
+        return answer(copy.run(), "Read-only file system")
     finally:
         subprocess.run(["umount", str(folder)], check=True)
 
@@ -205,13 +205,13 @@ def lost_download(copy: Copy) -> Counter[str]:
         (copy.folder / "tcore/data/sources/lossy.py").write_text(
             SOURCE.format(url=url, digest=hashlib.sha256(BLOB).hexdigest())
         )
-        counts[answer(copy.run(archive))] += 1
+        counts[answer(copy.run(archive), "the connection ended after")] += 1
         counts["half a file left"] += (copy.folder / archive).exists()
         counts["whole at the second start"] += not copy.run(archive).returncode
         server.shutdown()
     counts["right content"] += (copy.folder / archive).read_bytes() == BLOB
     (copy.folder / archive).unlink()
-    counts[answer(copy.run(archive))] += 1  # nobody listens any more
+    counts[answer(copy.run(archive), "Connection refused")] += 1  # nobody listens any more
     (copy.folder / "tcore/data/sources/lossy.py").unlink()
     return counts
 
