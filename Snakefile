@@ -25,16 +25,17 @@ pathvars:
 
 # Steps run with this Python and with the library beside this file, whatever else is installed.
 sys.path.insert(0, str(workflow.basedir))
+STARTER = quote(str(Path(workflow.basedir, "tcore/starter.py")))
 shell.prefix(
     "set -euo pipefail; "
     f"export PATH={quote(str(Path(sys.executable).parent))}:$PATH PYTHONPATH={quote(str(workflow.basedir))}; "
-    'python() {{ command python -I -S "$PYTHONPATH"/tcore/starter.py "$@"; }}; '
+    f'python() {{{{ command python -I -S {STARTER} "$@"; }}}}; '
 )
 
 if workflow.is_main_process:
     from tcore import alive, starter
 
-    running = alive.enter(".snakemake")  # held until this process ends
+    running = [alive.enter(".snakemake")]  # held until this process ends
 
 
 include: "rules/common.smk"
@@ -54,7 +55,7 @@ onstart:
     for family in ("datasets", "encoders", "poisoned", "defended", "results"):
         Path("data", family).mkdir(parents=True, exist_ok=True)
     if workflow.is_main_process and not workflow.deployment_settings.deployment_method:
-        globals()["server"] = starter.start()
+        running.append(starter.start())
 
 
 rule all:

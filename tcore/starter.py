@@ -12,7 +12,7 @@ import os
 import socket
 import sys
 
-ADDRESS = "TCORE_STARTER"  # environment variable: path of the server's socket
+ADDRESS = "TCORE_STARTER"  # environment variable: name of the server's socket, which is no file
 LOADED = (
     "torch._dynamo",  # torch's optimisers load it at their first step
     "pandas",
@@ -26,49 +26,49 @@ LOADED = (
 
 def start():
     """Starts a server that ends with this process and that its later children know; keep what is returned."""
+    import secrets
     import subprocess
-    import tempfile
 
-    path = os.path.join(tempfile.mkdtemp(prefix="tcore-"), "starter")  # a folder that is ours alone
+    name = f"tcore-{secrets.token_hex(16)}"
     one_thread = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS")}
     server = subprocess.Popen(
-        [sys.executable, "-P", __file__, "--serve", path],
+        [sys.executable, "-P", __file__, "--serve", name],
         stdin=subprocess.PIPE,  # closes when we end, however that happens
         stdout=subprocess.PIPE,
         env=os.environ | one_thread,
     )
     if server.stdout.readline():  # listening
-        os.environ[ADDRESS] = path
+        os.environ[ADDRESS] = name
     return server
 
 
-def serve(path: str) -> list[str]:
+def serve(name: str) -> list[str]:
     """Returns in a step's process only, with the step's arguments."""
     import gc
     import importlib
     import select
-    import shutil
     import signal
+    import struct
 
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listening.bind(path)
+    listening.bind(f"\0{name}")
     listening.listen(64)
     print("listening", flush=True)
-    for name in LOADED:
-        importlib.import_module(name)
+    for library in LOADED:
+        importlib.import_module(library)
     gc.freeze()  # so that a step's collector leaves the memory that it shares alone
     interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while sys.stdin not in select.select([sys.stdin, listening], [], [])[0]:
         client = listening.accept()[0]
-        if os.fork() == 0:
+        user = struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
+        if user == os.getuid() and os.fork() == 0:
             listening.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             arguments = mind(client)
             signal.signal(signal.SIGINT, interrupted)
             return arguments
         client.close()
-    shutil.rmtree(os.path.dirname(path))
     os._exit(0)
 
 
@@ -126,7 +126,7 @@ def main() -> None:
     """`python <arguments>`, by the server if there is one."""
     server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        server.connect(os.environ[ADDRESS])
+        server.connect(f"\0{os.environ[ADDRESS]}")
     except (KeyError, OSError):
         os.execvp("python", ["python", *sys.argv[1:]])
     import json
