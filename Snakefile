@@ -25,10 +25,17 @@ pathvars:
 
 # Steps run with this Python and with the library beside this file, whatever else is installed.
 sys.path.insert(0, str(workflow.basedir))
+STARTER = quote(str(Path(workflow.basedir, "tcore/starter.py")))
 shell.prefix(
     "set -euo pipefail; "
     f"export PATH={quote(str(Path(sys.executable).parent))}:$PATH PYTHONPATH={quote(str(workflow.basedir))}; "
+    f'python() {{{{ command python -I -S {STARTER} "$@"; }}}}; '
 )
+
+if workflow.is_main_process:
+    from tcore import alive, starter
+
+    running = [alive.enter(".snakemake")]  # held until this process ends
 
 
 include: "rules/common.smk"
@@ -47,6 +54,8 @@ include: "rules/received.smk"
 onstart:
     for family in ("datasets", "encoders", "poisoned", "defended", "results"):
         Path("data", family).mkdir(parents=True, exist_ok=True)
+    if workflow.is_main_process and not workflow.deployment_settings.deployment_method:
+        running.append(starter.start())
 
 
 rule all:

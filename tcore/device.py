@@ -1,13 +1,40 @@
 """Where tensors live and how the arithmetic is made repeatable."""
 
+import fcntl
+import os
+import tempfile
+from functools import cache
+
 import torch
+
+taken: list[int] = []  # files that `free_gpu` has locked, open until the process ends
 
 
 def pick(wish: str = "auto") -> torch.device:
     """'auto' takes a GPU where there is one; 'cpu', 'cuda' or 'cuda:1' are taken literally."""
     if wish == "auto":
-        wish = "cuda" if torch.cuda.is_available() else "cpu"
+        wish = f"cuda:{free_gpu()}" if torch.cuda.is_available() else "cpu"
     return torch.device(wish)
+
+
+@cache
+def free_gpu() -> int:
+    """The first visible GPU that no other step of this user on this host has taken, 0 if all are.
+
+    A step takes one by locking a file named after it, which ends with the process.
+    """
+    for number in range(torch.cuda.device_count()):
+        uuid = torch.cuda.get_device_properties(number).uuid
+        path = os.path.join(tempfile.gettempdir(), f"tcore-{os.getuid()}-gpu-{uuid}")
+        file = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(file)
+        else:
+            taken.append(file)
+            return number
+    return 0
 
 
 def autocast(device: torch.device):

@@ -6,6 +6,7 @@ safetensors (bytes and a JSON header, no pickle), tables as Parquet, notes as JS
 equal content gives equal bytes.
 """
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import pandas as pd
 
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+
 
 class InputError(ValueError):
     """Something the user can mend: the message names the file, the field and the remedy."""
@@ -21,15 +24,24 @@ class InputError(ValueError):
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path that becomes `path` when the block ends without an error."""
+    """Yields a temporary path that becomes `path` when the block ends without an error.
+
+    Raises InputError where the disk is full or the folder must not be written to.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        reason = f"{path}: cannot be written ({os.strerror(error.errno)})"
+        raise InputError(f"{reason}; make room or let it be written, then run again") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():  # on a read-only disk even unlink(missing_ok=True) fails
+            temporary.unlink()
 
 
 def require(path: str | Path, made_by: str = "the workflow") -> Path:

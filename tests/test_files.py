@@ -37,6 +37,28 @@ def test_atomic_leaves_the_old_file_when_the_block_fails(tmp_path):
     assert [path.name for path in target.parent.iterdir()] == ["b.txt"]
 
 
+@pytest.mark.parametrize(
+    "save",
+    [
+        lambda path: save_json(path, {"a": 1}),
+        lambda path: save_tensors(path, {"a": torch.zeros(3)}),
+        lambda path: save_table(path, pd.DataFrame({"a": [1]})),
+        lambda path: write_images(
+            path, ImageSet(np.zeros((1, 2, 2, 3), np.uint8), np.zeros(1, int), np.zeros(1, int), ("a",), "")
+        ),
+    ],
+)
+def test_a_full_disk_is_named_and_the_old_file_stays(tmp_path, save):
+    target = tmp_path / "a"
+    target.write_text("old")
+    part = tmp_path / f".a.{os.getpid()}.part"
+    part.symlink_to("/dev/full")  # the temporary file: whatever is written to it, there is no room
+    with pytest.raises(InputError, match=r"/a: cannot be written \(No space left on device\)"):
+        save(target)
+    assert target.read_text() == "old"
+    assert not part.is_symlink()
+
+
 @pytest.mark.parametrize("load", [require, load_tensors, load_table, load_json, read_images])
 def test_a_missing_file_is_named_with_its_maker(tmp_path, load):
     with pytest.raises(InputError, match=r"gone.*: no such file; it should have been made by"):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tcore import provenance, registry
+from tcore import alive, provenance, registry
 from tcore.settings import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,9 +60,9 @@ def counts(jobs: list[tuple[str, set[str]]]) -> dict[str, int]:
     return dict(Counter(script for script, _ in jobs))
 
 
-def stale(folder: Path) -> dict[str, int]:
-    """What a dry run would run, counted by rule."""
-    text = snakemake(folder, "-n", "--quiet", "reason", *SMOKE)
+def stale(folder: Path, *more: str) -> dict[str, int]:
+    """What a dry run would run, counted by rule; with `more` configuration files or other arguments."""
+    text = snakemake(folder, "-n", "--quiet", "reason", *SMOKE, *more)
     if "Nothing to be done" in text:
         return {}
     table = text.partition("Job stats:")[2].partition("total")[0]
@@ -277,6 +277,7 @@ def test_the_run_leaves_a_report_and_is_then_up_to_date(finished):
 def test_a_preview_of_what_is_there_while_another_run_goes_on(finished):
     metrics = finished / "data/results/scenes-badencoder/signs-adaptive/0/strip/metrics.parquet"
     away, locks = metrics.with_name("away"), finished / ".snakemake/locks"
+    another = alive.enter(finished / ".snakemake")
     preview = ("--cores", "1", "--nolock", "preview", *SMOKE)
     snakemake(finished, *preview)
     table = finished / "data/preview/table.csv"
@@ -294,8 +295,9 @@ def test_a_preview_of_what_is_there_while_another_run_goes_on(finished):
         assert run.returncode != 0 and "cannot be locked" in run.stdout + run.stderr
     finally:
         away.rename(metrics)
-        lock.unlink()
-    assert stale(finished) == {}
+        another.close()
+    lock.write_text("data/results/results.parquet\n")  # of a run that was killed
+    assert stale(finished) == {} and not lock.exists()
 
 
 def test_an_edit_makes_stale_what_depends_on_it_and_nothing_else(finished):
@@ -319,6 +321,141 @@ def test_an_edit_makes_stale_what_depends_on_it_and_nothing_else(finished):
         assert stale(finished) == dict.fromkeys(after, 1)  # of two predictions, T-Core's only
     finally:
         module.write_text(text)
+
+
+# What each victim costs after its encoder and its data set are there, and what comes at the end of a run.
+USER = dict.fromkeys(("extract_features", "train_head"), 1)
+STAGES = dict.fromkeys(("sift", "expand", "filter_channels", "bootstrap"), 1)
+STRIP = dict.fromkeys(("detect", "score_inputs"), 1)
+END = dict.fromkeys(("collect", "make_report", "all"), 1)
+
+
+def measured(cells: int) -> dict[str, int]:
+    return {"predict": cells, "evaluate": cells} | END
+
+
+@pytest.mark.parametrize(
+    ("overlay", "expected"),
+    [
+        # settings: only what uses them
+        ("methods: {strip: {overlays: 5}}", STRIP | measured(1)),
+        ("methods: {sift: {neighbours: 9}}", STAGES | measured(1)),
+        ("methods: {head: {epochs: 3}}", {"train_head": 1} | STAGES | STRIP | measured(3)),
+        ("trusted: {share: 0.2}", {"grant_clean": 1} | STRIP | measured(1)),
+        (
+            "datasets: {signs: {encoder_target: 4}}",
+            {"poison_encoder": 1, "poison_dataset_adaptively": 1, "grant_clean": 1}
+            | (USER | STAGES | STRIP | measured(3)),
+        ),
+        # settings that no cell of the grid uses, and a default written out
+        ("methods: {badnets: {size: 4}}", {}),
+        ("datasets: {signs: {dataset_target: 5}}", {}),
+        ("methods: {sift: {block: 2048}}", {}),
+        # a longer grid: only the new cells
+        ("defenses: [none, tcore, strip, ac]", {"detect": 1} | measured(1)),
+        (
+            "scenarios: [T1, T3]",
+            {"poison_dataset": 1, "grant_clean": 1} | USER | STAGES | STRIP | measured(3),
+        ),
+        (
+            "seeds: [0, 1]",
+            {"pretrain_encoder": 1, "poison_encoder": 1, "poison_dataset_adaptively": 1, "grant_clean": 1}
+            | (USER | STAGES | STRIP | measured(3)),
+        ),
+        # a shorter one
+        ("defenses: [none, tcore]", END),
+    ],
+)
+def test_a_configuration_makes_stale_what_depends_on_the_difference(finished, tmp_path, overlay, expected):
+    (tmp_path / "overlay.yaml").write_text(overlay)
+    assert stale(finished, str(tmp_path / "overlay.yaml")) == expected
+
+
+def test_comments_and_formatting_make_nothing_stale(finished):
+    edits = {
+        "scripts/predict.py": lambda text: text.replace("def main", "\n\n\n# a comment\ndef main"),
+        "tcore/models/head.py": lambda text: re.sub(r'^"""', '"""Once more: ', text),
+        "tcore/defenses/strip.py": lambda text: text.replace("(", "( ").replace("= ", "=  "),
+        "tcore/encoder_attacks/badencoder.py": lambda text: text.replace("  # ", "  # hmm, "),
+        "rules/user.smk": lambda text: text.replace("\nrule", "\n# a comment\n\nrule"),
+        "config/smoke.yaml": lambda text: text.replace("sift: {", "sift:   {  ") + "\n# a comment\n",
+        "config/config.yaml": lambda text: text.replace("seeds: [0]", "seeds:\n  - 0"),
+        "docs/architecture.md": lambda text: text + "more",
+    }
+    before = {name: (finished / name).read_text() for name in edits}
+    try:
+        for name, edit in edits.items():
+            assert edit(before[name]) != before[name], name
+            (finished / name).write_text(edit(before[name]))
+        assert stale(finished) == {}
+    finally:
+        for name, text in before.items():
+            (finished / name).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        ("tcore/triggers.py", None),  # everything but pre-training and what only sees images
+        ("scripts/grant_clean.py", {"grant_clean": 1} | STRIP | measured(1)),
+        ("tcore/defenses/strip.py", STRIP | measured(1)),
+        ("tcore/encoder_attacks/badencoder.py", None),
+        ("tcore/report.py", {"make_report": 1, "all": 1}),
+        ("tcore/dataset_attacks/wanet.py", {}),  # of no cell
+    ],
+)
+def test_code_makes_stale_the_steps_that_run_it(finished, file, expected):
+    text = (finished / file).read_text()
+    (finished / file).write_text(f"{text}\nANOTHER = 1\n")
+    try:
+        found = stale(finished)
+    finally:
+        (finished / file).write_text(text)
+    if expected is None:
+        assert found["poison_encoder"] == found["bootstrap"] == 1 and found["predict"] == 3
+        assert not {"prepare_dataset", "pretrain_encoder"} & set(found)
+    else:
+        assert found == expected
+
+
+def test_a_new_method_runs_its_own_cells_only(finished, tmp_path):
+    defense, attack = (finished / f"tcore/{family}/another.py" for family in ("defenses", "dataset_attacks"))
+    shutil.copy(defense.with_name("ac.py"), defense)
+    shutil.copy(attack.with_name("blended.py"), attack)
+    overlay = tmp_path / "overlay.yaml"
+    try:
+        assert stale(finished) == {}  # nobody has asked for them
+        overlay.write_text("defenses: [none, tcore, strip, another]")
+        assert stale(finished, str(overlay)) == {"detect": 1} | measured(1)
+        overlay.write_text("{scenarios: [T3, T1+T2], dataset_attacks: [another]}")
+        new = {"poison_dataset": 1, "grant_clean": 1} | USER | STAGES | STRIP | measured(3)
+        assert stale(finished, str(overlay)) == new
+    finally:
+        defense.unlink()
+        attack.unlink()
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        ("datasets/signs/test.parquet", {"score_inputs": 1} | measured(3)),
+        (
+            "poisoned/scenes-badencoder/signs-adaptive/0/truth.parquet",
+            {"grant_clean": 1} | STRIP | {"predict": 1, "evaluate": 3} | END,
+        ),
+    ],
+)
+def test_data_that_change_make_stale_what_reads_them(finished, file, expected):
+    path = finished / "data" / file
+    before, times = path.read_bytes(), path.stat()
+    try:
+        path.touch()
+        assert stale(finished) == {}  # a new time of change is not a change
+        path.write_bytes(before + b"\0")
+        assert stale(finished) == expected
+    finally:
+        path.write_bytes(before)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
 def test_a_digest_covers_what_its_step_imports(finished):
