@@ -1,5 +1,6 @@
 # The experiment's grid, and how rules find out what they need: their digest of code, settings and files.
 import hashlib
+import inspect
 import json
 
 from snakemake.exceptions import WorkflowError
@@ -34,9 +35,16 @@ wildcard_constraints:
     table="[0-9]+",
 
 
+def signed(function):
+    """`function` with its signature at hand; Snakemake asks for it twice a job, which takes longer than most calls."""
+    function.__signature__ = inspect.signature(function)
+    return function
+
+
 def code(script, *attacks):
     """The digest of a rule's script and of the methods that its wildcards `attacks` name."""
 
+    @signed
     def digest(wildcards):
         return provenance.code(script, *(f"{attack}s/{wildcards[attack]}" for attack in attacks))
 
@@ -56,6 +64,7 @@ def settings(*methods):
 def settings_of(attack):
     """The settings of the one method that the wildcard `attack` names, for the downstream set at hand."""
 
+    @signed
     def found(wildcards):
         name = wildcards[attack]
         own = experiment["datasets"][wildcards.downstream]["attacks"].get(name, {})
@@ -67,6 +76,7 @@ def settings_of(attack):
 def target(attacker):
     """The class of the downstream set that an attacker ("encoder" or "dataset") aims at."""
 
+    @signed
     def found(wildcards):
         return experiment["datasets"][wildcards.downstream][f"{attacker}_target"]
 
@@ -76,6 +86,7 @@ def target(attacker):
 def received(file):
     """A file from the folder of the data set that a cell's user receives."""
 
+    @signed
     def path(wildcards):
         return f"data/{grid.received(**{part: wildcards[part] for part in grid.VICTIM})}/{file}"
 
@@ -85,6 +96,7 @@ def received(file):
 def flags(*names):
     """`--name path` for those inputs that a job has."""
 
+    @signed
     def given(wildcards, input):
         return " ".join(f"--{name.replace('_', '-')} {input[name]}" for name in names if input.get(name))
 
@@ -97,6 +109,7 @@ def flags(*names):
 def of_dataset(key):
     """An entry of the data set that the wildcard names: its source, its settings, ..."""
 
+    @signed
     def entry(wildcards):
         return experiment["datasets"][wildcards.dataset][key]
 
@@ -113,6 +126,7 @@ def archives(source):
 def of_archive(key):
     """A field of the archive that the wildcards name: its url, its checksum."""
 
+    @signed
     def field(wildcards):
         return getattr(archives(wildcards.source)[wildcards.archive], key)
 
@@ -169,23 +183,26 @@ def attacks_on(weights):
 def known(path):
     """A file about an attack; there is none where nobody knows of one."""
 
+    @signed
     def found(wildcards):
         if wildcards.encoder_attack == grid.RECEIVED:
             return []
-        return path(wildcards) if callable(path) else expand(path, **wildcards)
+        return path(wildcards) if callable(path) else path.format(**wildcards)
 
     return found
 
 
+@signed
 def checked(wildcards):
     """What has to be looked at before anything that takes long is done with files from outside."""
     outside = wildcards.encoder_attack == grid.RECEIVED
-    return expand(f"data/defended/{CELL}/check_received.run.json", **wildcards) if outside else []
+    return f"data/defended/{CELL}/check_received.run.json".format(**wildcards) if outside else []
 
 
 def of_encoder(key):
     """An entry of the encoder from outside that the wildcard names."""
 
+    @signed
     def entry(wildcards):
         return experiment["encoders"][wildcards.pretrain][key]
 
@@ -206,6 +223,7 @@ def of_kind(kind):
     return "|".join(name for name in names if experiment["variants"][name]["kind"] == kind) or "(?!)"
 
 
+@signed
 def code_of_defense(wildcards):
     return provenance.code("defend", f"defenses/{experiment['variants'][wildcards.defense]['defense']}")
 
@@ -216,6 +234,7 @@ def code_of_input_detector(wildcards):
     return provenance.code("score_inputs", f"defenses/{variant['defense']}", *attacks)
 
 
+@signed
 def settings_of_defense(wildcards):
     variant = experiment["variants"][wildcards.defense]
     return canonical(
@@ -227,6 +246,7 @@ def settings_of_defense(wildcards):
     )
 
 
+@signed
 def trusted_samples(wildcards):
     """The table of clean samples for a defence that needs some; they may be T-Core's own."""
     trusted = experiment["variants"][wildcards.defense]["trusted"]
@@ -235,34 +255,38 @@ def trusted_samples(wildcards):
         "seeds": "tcore/seeds.parquet",
         "subset": "tcore/subset.parquet",
     }.get(trusted and trusted["source"])
-    return expand(f"data/defended/{CELL}/{file}", **wildcards) if file else []
+    return f"data/defended/{CELL}/{file}".format(**wildcards) if file else []
 
 
+@signed
 def oracle(wildcards):
     known = experiment["variants"][wildcards.defense]["oracle"]
-    return expand(f"data/defended/{CELL}/{{defense}}/given/oracle.json", **wildcards) if known else []
+    return f"data/defended/{CELL}/{{defense}}/given/oracle.json".format(**wildcards) if known else []
 
 
 def of_baseline(file, kind=None):
     """A file that a baseline defence (of one kind) left behind; other defences leave none."""
 
+    @signed
     def path(wildcards):
         variant = experiment["variants"].get(wildcards.defense)
         fits = variant and kind in (None, variant["kind"])
-        return expand(f"data/defended/{CELL}/{{defense}}/{file}", **wildcards) if fits else []
+        return f"data/defended/{CELL}/{{defense}}/{file}".format(**wildcards) if fits else []
 
     return path
 
 
+@signed
 def scored_inputs(wildcards):
     """An input detector's scores of test images; other defences have none."""
     inputs = experiment["variants"].get(wildcards.defense, {}).get("inputs")
-    return expand(f"data/results/{CELL}/{{defense}}/inputs.parquet", **wildcards) if inputs else []
+    return f"data/results/{CELL}/{{defense}}/inputs.parquet".format(**wildcards) if inputs else []
 
 
 # Evaluation
 
 
+@signed
 def code_of_prediction(wildcards):
     attacks = ("encoder_attack", "dataset_attack")
     return code("predict", *(() if wildcards.encoder_attack == grid.RECEIVED else attacks))(wildcards)
@@ -271,14 +295,15 @@ def code_of_prediction(wildcards):
 def of_tcore(file):
     """A file that T-Core left behind on its way; other defences leave none."""
 
+    @signed
     def path(wildcards):
-        return (
-            expand(f"data/defended/{CELL}/tcore/{file}", **wildcards) if wildcards.defense == "tcore" else []
-        )
+        mine = wildcards.defense == "tcore"
+        return f"data/defended/{CELL}/tcore/{file}".format(**wildcards) if mine else []
 
     return path
 
 
+@signed
 def identity(wildcards):
     """What a cell's rows in the results say about it."""
     scenario = grid.scenario(wildcards.encoder_attack, wildcards.dataset_attack)
