@@ -1,7 +1,7 @@
 """What a run would cost: jobs and hours by step and scenario, or those of several targets side by side.
 
-what `snakemake` would run:   python scripts/estimate_cost.py
-two of the paper's tables:    python scripts/estimate_cost.py table_2 table_10 -- --configfile config/paper.yaml
+what snakemake would run:    python scripts/estimate_cost.py
+two of the paper's tables:  python scripts/estimate_cost.py table_2 table_10 -- --configfile config/paper.yaml
 """
 
 import argparse

@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tcore import grid, registry, report, results
+from tcore import closeups, grid, registry, report, results
 from tcore.data.images import ImageSet, write_images
 from tcore.files import InputError, load_json, load_tensors, save_json, save_table, save_tensors
 
@@ -277,7 +277,7 @@ def test_failures_are_said_aloud(world):
 
 def test_gallery_shows_images_without_loss(world):
     notes = []
-    shown = report.gallery(world.data, [rows_of(world, "T1+T2").iloc[0][results.IDENTITY].to_dict()], notes)
+    shown = closeups.gallery(world.data, [rows_of(world, "T1+T2").iloc[0][results.IDENTITY].to_dict()], notes)
     assert [(t["attack"], t["target"]) for t in shown] == [
         ("badencoder", "sign <1> & co"),
         ("badnets", "sign 2"),
@@ -309,7 +309,7 @@ def test_gallery_shows_poisons_of_the_training_set(world, tmp_path):
     save_table(folder / "truth.parquet", flags)
     tensors, meta = load_tensors(folder / "trigger.safetensors")
     save_tensors(folder / "trigger.safetensors", tensors, **meta | {"goals": [-1, -1, -1, -1, 2, 2, -1, -1]})
-    shown = report.gallery(data, [cell], [])[1]
+    shown = closeups.gallery(data, [cell], [])[1]
     assert [image["name"] for image in shown["images"]][:2] == ["sign 4", "sign 5"] == shown["sources"]
     strip = shown["training"]
     assert [image["name"] for image in strip["images"]] == [
@@ -320,7 +320,7 @@ def test_gallery_shows_poisons_of_the_training_set(world, tmp_path):
 
 def test_inside_counts_what_was_left_out(world):
     own = rows_of(world, "T1+T2")
-    detail = report.inside(own, world.data, own.iloc[0][results.IDENTITY].to_dict(), [])
+    detail = closeups.inside(own, world.data, own.iloc[0][results.IDENTITY].to_dict(), [])
     truth = pd.read_parquet(world.data / "poisoned/any/signs-badnets/0/truth.parquet")
     left = world.rounds < 0
     assert detail["left"] == left.sum()
