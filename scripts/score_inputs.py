@@ -26,7 +26,9 @@ def main() -> None:
     parser.add_argument("--encoder-trigger", required=True)
     parser.add_argument("--dataset-trigger", required=True)
     parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--inputs", required=True, help="out: score per view and test image; none if n/a")
+    parser.add_argument(
+        "--inputs", required=True, help="out: score and flag per view and test image; none if n/a"
+    )
     parser.add_argument("--record", required=True, help="out: the record of this step")
     args = parser.parse_args()
 
@@ -46,10 +48,12 @@ def main() -> None:
             defense.check(method, received)
             for view, images in views.items():
                 score = method.score_inputs(images.to(device), received, settings, args.seed)
+                flagged = method.flag_inputs(score, received, settings, args.seed)
                 table = {"index": test.index, "label": test.labels, "view": view}
-                tables.append(pd.DataFrame(table | {"score": score.double().cpu().numpy()}))
+                table |= {"score": score.double().cpu().numpy(), "flagged": flagged.cpu().numpy()}
+                tables.append(pd.DataFrame(table))
         except defense.NotApplicable:
-            tables = [pd.DataFrame({"index": [], "label": [], "view": [], "score": []})]
+            tables = [pd.DataFrame({"index": [], "label": [], "view": [], "score": [], "flagged": []})]
         save_table(args.inputs, pd.concat(tables, ignore_index=True))
 
 

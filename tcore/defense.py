@@ -9,7 +9,7 @@ A defence is a file with `Settings`, a docstring and constants that declare what
     NEEDS_NORM  whether it needs batch norm in the encoder
     ORACLE      settings that no real defender knows and an evaluator can fill in, such as ("poison_rate",)
     INPUTS      optional, of a detector: score_inputs(images, received, settings, seed) -> (N,) float scores
-                images of later use
+                images of later use; flag_inputs(score, received, settings, seed) -> (N,) bool, its rule
 
 After a detector, all train the same head on what is kept, so results compare detectors and not
 trainers. Methods that cannot be applied raise `NotApplicable`; their result is a row with the reason.
