@@ -240,6 +240,7 @@ def settings_of_defense(wildcards):
     return canonical(
         {
             "defense": variant["settings"],
+            "part": variant["part"],
             "selection": variant["selection"],
             "head": experiment["methods"]["head"],
         }

@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="the suspect classifier, for its encoder")
     parser.add_argument("--images", required=True, help="the data set received (Parquet)")
     parser.add_argument("--subset", required=True, help="the clean subset: round 0 or more")
-    parser.add_argument("--channels", required=True, help="masks and untrusted channels by convolution")
+    parser.add_argument("--channels", required=True, help="masks and untrusted channels by layer")
     parser.add_argument("--settings", type=json.loads, required=True, help='JSON: {"bootstrap", "head"}')
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--model-out", required=True, help="out: the clean classifier")

@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--trusted", help="table of clean samples, for methods that need some")
     parser.add_argument("--oracle", help="JSON with what only an evaluator knows, for oracle variants")
     parser.add_argument(
-        "--settings", type=json.loads, required=True, help='JSON: {"defense", "selection", "head"}'
+        "--settings", type=json.loads, required=True, help='JSON: {"defense", "part", "selection", "head"}'
     )
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--model-out", required=True, help="out: the classifier")
@@ -40,7 +40,9 @@ def main() -> None:
     with record(args.record, "defend", args.settings | {"name": args.defense}, args.seed, device) as log:
         trusted = args.trusted if method.CLEAN else None
         head = heads.Settings(**args.settings["head"])
-        received, images = defense.receive(args.model, args.features, args.images, trusted, head, device)
+        received, images = defense.receive(
+            args.model, args.features, args.images, trusted, head, device, args.settings["part"]
+        )
         table = pd.DataFrame(
             {
                 "index": images.index,

@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--subset", required=True, help="the clean subset: round 0 or more")
     parser.add_argument("--settings", type=json.loads, required=True, help='JSON: {"filter_channels": …}')
     parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--channels", required=True, help="out: masks and untrusted channels by convolution")
+    parser.add_argument("--channels", required=True, help="out: masks and untrusted channels by layer")
     parser.add_argument("--record", required=True, help="out: the record of this step")
     args = parser.parse_args()
 

@@ -24,6 +24,7 @@ BUILT_IN = ("none", "tcore")  # the defences that have rules of their own
 TRUSTED = {"source": "granted", "share": 0.1}  # what defences that need clean samples get
 TRUSTED_SOURCES = ("granted", "seeds", "subset", "none")
 SELECTION = registry.ROOT / "selection.py"
+DEFENSE = registry.ROOT / "defense.py"
 IMPLIED = ("clean", "adaptive")  # attacks that a scenario brings with it
 
 
@@ -177,7 +178,9 @@ def _variants(given: dict, methods: dict, trusted: dict) -> dict:
         where = f"variants.{name}"
         if not re.fullmatch("[a-z0-9_]+", str(name)) or name in (*BUILT_IN, *defenses):
             raise InputError(f"config: {where}: a name of a-z, 0-9 and _ that no defence has, please")
-        _mapping(where, variant, ("defense",), optional=("settings", "selection", "oracle", "trusted"))
+        _mapping(
+            where, variant, ("defense",), optional=("settings", "part", "selection", "oracle", "trusted")
+        )
         _known(f"{where}.defense", variant["defense"], defenses)
         found[name] = variant
     return {name: _variant(f"variants.{name}", variant, methods, trusted) for name, variant in found.items()}
@@ -192,6 +195,11 @@ def _variant(where: str, variant: dict, methods: dict, trusted: dict) -> dict:
         raise InputError(f"config: {where}.oracle: {defense} has no setting that an oracle knows")
     if variant.get("selection") and declared["KIND"] != "detector":
         raise InputError(f"config: {where}.selection: {defense} is no detector, it selects no samples")
+    parts = settings.constants(DEFENSE)["PARTS"]
+    part = variant.get("part", parts[0])
+    _known(f"{where}.part", part, parts)
+    if "part" in variant and not declared.get("TRAINS"):
+        raise InputError(f"config: {where}.part: {defense} trains no network of its own")
     overrides = methods.get(defense, {}) | (variant.get("settings") or {})
     selection = settings.complete(SELECTION, variant.get("selection"), f"{where}.selection")
     _known(f"{where}.selection.rule", selection["rule"], settings.constants(SELECTION)["RULES"])
@@ -200,6 +208,7 @@ def _variant(where: str, variant: dict, methods: dict, trusted: dict) -> dict:
         "kind": declared["KIND"],
         "inputs": declared.get("INPUTS", False),
         "settings": _resolve(defense, overrides, where),
+        "part": part,
         "selection": selection,
         "oracle": declared["ORACLE"] if oracle else (),
         "trusted": _trusted(f"{where}.trusted", variant.get("trusted") or {}, trusted)

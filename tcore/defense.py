@@ -8,6 +8,8 @@ A defence is a file with `Settings`, a docstring and constants that declare what
     CLEAN       whether it needs clean samples that it can trust
     NEEDS_NORM  whether it needs batch norm in the encoder
     ORACLE      settings that no real defender knows and an evaluator can fill in, such as ("poison_rate",)
+    TRAINS      optional: whether it trains networks made by `received.network`, so that `part` says what is
+                trained, the head on cached features or everything
     INPUTS      optional, of a detector: score_inputs(images, received, settings, seed) -> (N,) float scores
                 images of later use; flag_inputs(score, received, settings, seed) -> (N,) bool, its rule
 
@@ -99,6 +101,7 @@ def receive(
     trusted: str | Path | None,
     head: heads.Settings,
     device: torch.device,
+    part: str = "head",
 ) -> tuple[Received, ImageSet]:
     """What files hold for a defender, on a device, and the images as they were read."""
     received = read_images(images)
@@ -111,6 +114,7 @@ def receive(
         classes=received.num_classes,
         clean=clean,
         head=head,
+        part=part,
     ), received
 
 

@@ -10,7 +10,7 @@ data        -               size, poisons, ... of the training set that the vict
 sift        -               the same of the seeds
 expand      round           the same of the clean subset so far
 bootstrap   round           the same of the clean pool so far; without a round tpr and fpr of what it left out
-filter      convolution     channels, untrusted, mask_mean, mask_min (convolutions in name order, from 0)
+filter      layer           channels, untrusted, mask_mean, mask_min (layers in name order, from 0)
 detect      -               tpr and fpr of what a detector dropped, auroc of its score; no trusted samples
 inputs      -               auroc_t of an input detector: triggered test images against clean ones; by its own
                             rule tpr_t, and fpr of the clean ones
@@ -178,7 +178,7 @@ def input_rows(inputs: pd.DataFrame, triggers: dict[str, dict], dataset_attack: 
 
 
 def layers(tensors: dict) -> list[str]:
-    """The convolutions of a channels file, numbers in their names in numerical order."""
+    """The layers of a channels file, numbers in their names in numerical order."""
     names = [name.removeprefix("mask.") for name in tensors if name.startswith("mask.")]
     return sorted(
         names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

@@ -14,6 +14,7 @@ from tcore.models import head as heads
 from tcore.models.classifier import Classifier
 from tcore.models.encoder import Encoder
 from tcore.stages import bootstrap as stage
+from tcore.stages.filter_channels import layers
 
 HEAD = heads.Settings(hidden=(32, 16), dropout=0.1)
 SETTINGS = stage.Settings(
@@ -267,3 +268,30 @@ def test_phase_three_ranks_by_the_loss_before_less_the_loss_after(data, monkeypa
     for name, bad in UNTRUSTED.items():  # the copy was trained, and like the model on what is its to train
         key = f"encoder.{name}.weight"
         assert torch.equal(slow[key][~bad], fast[key][~bad]) and (slow[key] != fast[key])[bad].any()
+
+
+def test_rows_of_a_transformers_linear_layers_stay_or_start_anew(data):
+    images, labels, subset = data
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vit = Encoder("vit", 8)
+    for norm in (m for m in vit.modules() if isinstance(m, nn.LayerNorm)):
+        nn.init.uniform_(norm.weight, 0.8, 1.2)
+    untrusted = {name: torch.arange(len(layer.weight)) % 10 == 3 for name, layer in layers(vit).items()}
+    settings = replace(SETTINGS, rounds_class=1, rounds_all=1, gamma2=0.9, epochs=1, epochs_final=1, lr=1e-3)
+    model, _, _ = stage.bootstrap(vit, images, labels, 3, subset, untrusted, settings, HEAD, 0)
+    after = model.encoder
+    for name, bad in untrusted.items():
+        old, new = vit.get_submodule(name), after.get_submodule(name)
+        assert torch.equal(old.weight[~bad], new.weight[~bad])
+        assert (old.weight != new.weight)[bad].all()
+        if old.bias is not None:
+            assert torch.equal(old.bias[~bad], new.bias[~bad]) and (old.bias != new.bias)[bad].any()
+    others = {name: p for name, p in vit.named_parameters() if name.rpartition(".")[0] not in untrusted}
+    assert others and all(torch.equal(p, after.get_parameter(name)) for name, p in others.items())
+
+
+def test_batch_norm_of_another_width_is_nobodys():
+    # In a DenseNet the norm after a convolution sees what several layers have put side by side.
+    dense = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(7), nn.Conv2d(7, 5, 1), nn.BatchNorm2d(5))
+    assert stage.norms_behind(dense) == {"2": dense[3]}

@@ -216,6 +216,8 @@ def test_a_defence_is_a_variant_of_itself_and_takes_the_methods_settings():
         ({"defense": "spectrl"}, "variants.mine.defense.*did you mean 'spectral'"),
         ({"defense": "spectral", "setting": {}}, "variants.mine.setting.*did you mean 'settings'"),
         ({"defense": "spectral", "settings": {"facto": 1.0}}, "variants.mine.spectral.facto.*'factor'"),
+        ({"defense": "abl", "part": "tail"}, "variants.mine.part.*tail.*known: head, all"),
+        ({"defense": "spectral", "part": "all"}, "variants.mine.part: spectral trains no network"),
         ({"defense": "spectral", "oracle": "yes"}, "variants.mine.oracle = 'yes'"),
         ({"defense": "spectral", "selection": {"rule": "best"}}, "selection.rule.*known: native, budget"),
         ({"defense": "spectral", "selection": {"share": "1"}}, "selection.share.*type float"),

@@ -48,7 +48,7 @@ def folder(tmp_path):
 
 
 def defend(folder: Path, name: str = "spectral", samples: bool = True, **options) -> None:
-    settings = {"defense": NUMBERS, "selection": {}, "head": {"hidden": [16, 8], "epochs": 2}}
+    settings = {"defense": NUMBERS, "part": "head", "selection": {}, "head": {"hidden": [16, 8], "epochs": 2}}
     settings |= options.pop("settings", {})
     outputs = {"model_out": folder / "out", "record": folder / "defend.run.json"}
     if samples:
@@ -66,6 +66,15 @@ def test_a_detector_leaves_a_model_and_its_samples(folder):
     assert load_classifier(folder / "out").head.classes == 3
     record = load_json(folder / "defend.run.json")
     assert record["settings"]["name"] == "spectral" and record["log"] == {}
+
+
+def test_part_says_whether_the_encoder_is_trained_along(folder):
+    abl = {"isolation_epochs": 1, "epochs": 1, "unlearn_epochs": 1, "batch": 32}
+    before = load_classifier(folder / "model").encoder.state_dict()
+    for part, same in (("head", True), ("all", False)):
+        defend(folder, "abl", samples=False, settings={"defense": abl, "part": part})
+        after = load_classifier(folder / "out").encoder.state_dict()
+        assert all(torch.equal(before[name], after[name]) for name in before) == same
 
 
 def test_an_oracle_fills_in_what_the_method_declares_and_nothing_else(folder):

@@ -90,6 +90,53 @@ def test_confusion_unlearns_the_clean_mapping_and_keeps_the_poisons(planted, wro
     assert after[rest & ~poison].median() > 3 * after[poison].median()
 
 
+# --- witnesses ----------------------------------------------------------------------------------
+
+
+def test_places_count_from_the_largest_value_of_each_group():
+    values = torch.tensor([5.0, 9, 1, 7, 8, 7])
+    groups = torch.tensor([0, 0, 0, 1, 1, 1])
+    candidates = torch.tensor([True, False, True, True, True, True])
+    assert expand.places(values, candidates, groups).tolist() == [0, 2, 1, 1, 0, 2]
+    assert expand.places(values, ~torch.zeros(6, dtype=torch.bool), 0 * groups).tolist() == [4, 0, 5, 2, 1, 3]
+
+
+def test_witnesses_learn_from_the_subset_alone(planted):
+    features, labels, trusted, poison = planted
+    lies = torch.where(trusted, labels, (labels + 1) % 4)
+    found = [expand.testify(features, given, trusted, 4, SETTINGS, HEAD, 0, "x") for given in (labels, lies)]
+    assert torch.equal(found[0][trusted], found[1][trusted])
+    clean = ~trusted & ~poison
+    assert found[0][clean].quantile(0.99) < found[1][clean].quantile(0.01)
+
+
+def test_a_weak_trigger_is_seen_by_witnesses_and_not_by_confusion(planted):
+    """Poisons that lie among class 1, moved a little towards a direction that they share."""
+    features, labels, trusted, poison = planted
+    weak = features.clone()
+    weak[poison] += torch.eye(12)[1] * 3 - torch.eye(12)[4] * 3 + 0.3 * torch.eye(12)[5]
+    taken = {
+        n: (expand.expand(weak, labels, trusted, 4, replace(SETTINGS, witnesses=n), HEAD, 0) > 0)[poison]
+        .sum()
+        .item()
+        for n in (0, 3)
+    }
+    assert taken[0] > 5 and taken[3] == 0
+
+
+def test_a_strong_trigger_deceives_witnesses_and_not_confusion(planted):
+    """20 poisons in 100 that the encoder puts right among the target's own."""
+    features, labels, trusted, poison = planted
+    strong, noise = features.clone(), torch.randn(400, 12, generator=torch.Generator().manual_seed(1))
+    strong[poison] = 3 * torch.eye(12)[0] + 0.5 * noise[poison]
+    poison = poison & (poison.cumsum(0) <= 20)
+    strong[poison] = 6 * torch.eye(12)[0] + 0.1 * noise[poison]
+    doubt = expand.testify(strong, labels, trusted, 4, SETTINGS, HEAD, 0, "x")
+    assert doubt[poison].max() < 0.05  # the witnesses have none
+    rounds = expand.expand(strong, labels, trusted, 4, replace(SETTINGS, subset_share=0.15), HEAD, 0)
+    assert (rounds[labels == 0] > 0).sum() >= 11 and (rounds[poison] > 0).sum() <= 1
+
+
 # --- the clean subset ---------------------------------------------------------------------------
 
 

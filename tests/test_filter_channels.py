@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tcore.files import InputError
 from tcore.models.classifier import Classifier, logits
 from tcore.models.encoder import Encoder
 from tcore.stages import filter_channels as stage
@@ -166,3 +167,71 @@ def test_a_tenth_of_each_layer_of_a_resnet18():
     for name, mask in masks.items():
         assert mask.min() >= 0 and mask.max() <= 1
         assert mask[untrusted[name]].max() <= mask[~untrusted[name]].min()
+
+
+# --- layers of other kinds ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Linear(6, 4), (5, 7, 6)),
+        (nn.Conv2d(6, 4, 3, groups=2), (5, 6, 7, 7)),
+        (nn.Linear(6, 4, bias=False), (5, 6)),
+    ],
+)
+def test_a_mask_scales_the_weights_and_not_the_bias(layer, shape):
+    x, mask = torch.randn(shape), torch.tensor([0.0, 0.3, 1.0, 0.5])
+    scaled = copy.deepcopy(layer)
+    with torch.no_grad():
+        scaled.weight *= mask.view(-1, *[1] * (layer.weight.ndim - 1))
+    plain = layer(x)
+    handle = stage.mask_output(layer, mask)
+    torch.testing.assert_close(layer(x), scaled(x))
+    handle.remove()
+    assert torch.equal(layer(x), plain)
+
+
+def test_a_transformer_has_a_mask_for_each_row_of_each_linear_layer():
+    torch.manual_seed(0)
+    encoder = Encoder("vit", 8)
+    model, images = (
+        Classifier(encoder, nn.Linear(512, 2)),
+        torch.randint(0, 256, (8, 3, 8, 8)).to(torch.uint8),
+    )
+    before = snapshot(model)
+    stage.unlearn(model, images, torch.arange(8) % 2, stage.Settings(unlearn_epochs=1), seed=0)
+    norms = {f"encoder.blocks.{b}.norm{i}" for b in range(6) for i in (1, 2)} | {"encoder.norm"}
+    assert changed(model, before) == {f"{norm}.{p}" for norm in norms for p in ("weight", "bias")}
+    masks, untrusted, _ = stage.filter_channels(
+        model,
+        images,
+        torch.arange(8) % 2,
+        torch.arange(8) < 6,
+        stage.Settings(epochs=2, unlearn_epochs=1),
+        seed=0,
+    )
+    rows = {"attention.qkv": 1536, "attention.out": 512, "mlp.0": 512, "mlp.2": 512}
+    expected = {f"blocks.{b}.{name}": n for b in range(6) for name, n in rows.items()} | {
+        "tokens.linear": 512
+    }
+    assert {name: len(mask) for name, mask in masks.items()} == expected
+    assert {name: int(flags.sum()) for name, flags in untrusted.items()} == {
+        name: n // 10 for name, n in expected.items()
+    }
+    assert all(mask.min() < 1 for mask in masks.values())
+
+
+def test_an_encoder_without_normalisation_is_refused(toy):
+    model, images, labels = toy
+    model.encoder.bn = nn.Identity()
+    with pytest.raises(InputError, match="no normalisation layers"):
+        stage.unlearn(model, images, labels, SETTINGS, seed=0)
+
+
+def test_a_layer_whose_weights_are_used_without_calling_it_is_refused(toy):
+    model, images, labels = toy
+    model.encoder.last = nn.Conv2d(4, 4, 1)
+    model.encoder.forward = lambda x: model.encoder.last(F.conv2d(x, model.encoder.conv.weight)).mean((2, 3))
+    with pytest.raises(InputError, match="conv without calling it"):
+        stage.recover(model, images, labels, SETTINGS, seed=0)

@@ -223,7 +223,7 @@ def test_passes_count_what_bootstrapping_trains_on(monkeypatch):
     images = images_of(20, 20)
     untrusted = {
         name: torch.zeros(layer.out_channels, dtype=torch.bool)
-        for name, layer in filter_channels.convolutions(Encoder("resnet_tiny", 8)).items()
+        for name, layer in filter_channels.layers(Encoder("resnet_tiny", 8)).items()
     }
     bootstrap.bootstrap(
         Encoder("resnet_tiny", 8),

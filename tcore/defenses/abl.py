@@ -43,6 +43,7 @@ KIND = "model"
 CLEAN = False
 NEEDS_NORM = False
 ORACLE = ()
+TRAINS = True
 
 KEPT_BY = ("ascent", "flooding")
 

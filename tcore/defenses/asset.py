@@ -37,6 +37,7 @@ KIND = "detector"
 CLEAN = True
 NEEDS_NORM = False
 ORACLE = ()
+TRAINS = True
 
 
 @dataclass(frozen=True)

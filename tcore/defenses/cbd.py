@@ -38,6 +38,7 @@ KIND = "model"
 CLEAN = False
 NEEDS_NORM = False
 ORACLE = ()
+TRAINS = True
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ KIND = "detector"
 CLEAN = True
 NEEDS_NORM = False
 ORACLE = ()
+TRAINS = True
 
 
 @dataclass(frozen=True)

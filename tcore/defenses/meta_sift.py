@@ -35,6 +35,7 @@ KIND = "detector"
 CLEAN = False
 NEEDS_NORM = False
 ORACLE = ()
+TRAINS = True
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Bootstrapping learning: a clean model from the trusted core (paper: 4.3, Alg. 4).
 
-The untrusted filters psi and the head phi start anew and are all that is trained; the
+The untrusted channels psi and the head phi start anew and are all that is trained; the
 trusted channels stay. Training on a pool P of clean samples and growing P take turns:
 
     1  `rounds_class` times: add, from each class, the gamma1 of D \\ P with the smallest CE
@@ -11,8 +11,10 @@ trusted channels stay. Training on a pool P of clean samples and growing P take 
 Phases come from ASD (Gao et al., CVPR 2023). Not in the paper, hence settings: epochs per
 round, optimiser and rate, whether batch norm uses stored statistics (`frozen_norm`) or those
 of the batch, and a last training on the final pool with the rate decaying to 0. Shares are of
-the rest D \\ P, the literal reading. The batch-norm entries of untrusted channels are reset
-(scale 1, shift 0) and trained along, their statistics measured anew. The copy of phase 3 always
+the rest D \\ P, the literal reading. Filters start as He et al. (2015) do, rows of linear layers
+as PyTorch's, biases at 0. The batch-norm entries of untrusted channels are reset
+(scale 1, shift 0) and trained along, their statistics measured anew; layer norm, which has no
+channels of one layer's own, stays as it is. The copy of phase 3 always
 uses stored statistics, and smaller batches: the rest shrinks to a few hundred samples of a small set, and
 an epoch of a handful of steps unsettles the copy more than it teaches it, which lets poisons rank first.
 """
@@ -34,6 +36,7 @@ from tcore.models import head as heads
 from tcore.models.classifier import Classifier, logits
 from tcore.models.encoder import floats
 from tcore.stages.expand import highest
+from tcore.stages.filter_channels import layers
 
 
 @dataclass(frozen=True)
@@ -54,27 +57,34 @@ class Settings:
 
 
 def norms_behind(encoder: nn.Module) -> dict[str, nn.BatchNorm2d]:
-    """The batch norm behind each convolution, by the convolution's name."""
-    found, last = {}, None
+    """The batch norm behind each convolution that has one, by the convolution's name."""
+    found, last, channels = {}, None, None
     for name, module in encoder.named_modules():
         if isinstance(module, nn.Conv2d):
-            last = name
-        elif isinstance(module, nn.BatchNorm2d):
+            last, channels = name, module.out_channels
+        elif isinstance(module, nn.BatchNorm2d) and module.num_features == channels:
             found[last] = module
     return found
 
 
 def restart(encoder: nn.Module, untrusted: dict[str, Tensor], seed: int) -> None:
-    """Re-initialises the untrusted filters and their batch-norm entries, in place."""
+    """Re-initialises the untrusted channels and their batch-norm entries, in place."""
+    norms = norms_behind(encoder)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeds.derive(seed, "bootstrap", "filters"))
-        for name, norm in norms_behind(encoder).items():
-            weight, bad = encoder.get_submodule(name).weight, untrusted[name]
-            fresh = torch.empty(weight.shape)
-            nn.init.kaiming_normal_(fresh, mode="fan_out", nonlinearity="relu")
-            weight[bad] = fresh.to(weight.device)[bad]
-            norm.weight[bad], norm.bias[bad] = 1.0, 0.0
-            norm.running_mean[bad], norm.running_var[bad] = 0.0, 1.0
+        for name, layer in layers(encoder).items():
+            bad, fresh = untrusted[name], torch.empty(layer.weight.shape)
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(fresh, mode="fan_out", nonlinearity="relu")
+            else:
+                nn.init.kaiming_uniform_(fresh, a=math.sqrt(5))
+            layer.weight[bad] = fresh.to(layer.weight.device)[bad]
+            if layer.bias is not None:
+                layer.bias[bad] = 0.0
+            if name in norms:
+                norm = norms[name]
+                norm.weight[bad], norm.bias[bad] = 1.0, 0.0
+                norm.running_mean[bad], norm.running_var[bad] = 0.0, 1.0
 
 
 def measure_norms(encoder: nn.Module, images: Tensor, untrusted: dict[str, Tensor], batch: int) -> None:
@@ -98,11 +108,11 @@ def measure_norms(encoder: nn.Module, images: Tensor, untrusted: dict[str, Tenso
 def trainable(model: Classifier, untrusted: dict[str, Tensor]) -> list[nn.Parameter]:
     """The head and, in the encoder, the untrusted channels: all other gradients are zero."""
     model.requires_grad_(False)
-    parameters = list(model.head.parameters())
-    for name, norm in norms_behind(model.encoder).items():
+    parameters, norms = list(model.head.parameters()), norms_behind(model.encoder)
+    for name, layer in layers(model.encoder).items():
         bad = untrusted[name].float()
-        convolution = model.encoder.get_submodule(name)
-        for p, mask in ((convolution.weight, bad.view(-1, 1, 1, 1)), (norm.weight, bad), (norm.bias, bad)):
+        for p in (*layer.parameters(), *(norms[name].parameters() if name in norms else ())):
+            mask = bad.view(-1, *[1] * (p.ndim - 1))
             p.requires_grad_(True)
             p.register_hook(lambda gradient, mask=mask: gradient * mask)
             parameters.append(p)

@@ -3,16 +3,16 @@
 (a) Unlearning: gradient ascent of CE over all of D, on the scales and shifts of the
     normalisation layers only, until training accuracy falls below `stop_accuracy`.
     The result is theta_hat.
-(b) Recovery: masks m in [0, 1], one per output channel of each convolution, start at 1 and
-    descend CE over the clean subset through m * theta_hat (eq. 5), clipped after each step.
-(c) In each convolution the floor(share C_out) channels with the smallest mask are untrusted.
+(b) Recovery: masks m in [0, 1], one per output channel of each convolution and each linear
+    layer of the encoder, start at 1 and descend CE over the clean subset through
+    m * theta_hat (eq. 5), clipped after each step.
+(c) In each of these layers the floor(share C_out) channels with the smallest mask are untrusted.
 
 The head is the suspect one and stays frozen. Batch norm uses its stored statistics
 throughout: in training mode a mask in front of it would have no gradient. The masks ranked
 are means over the last sixth of the epochs, which breaks ties at 0 and 1.
 Not in the paper: optimiser, rate, clipping and check interval of (a), taken from RNP
-(Li et al., ICML 2023); a mask scales the convolution's output, the same as its weights,
-since these convolutions have no bias.
+(Li et al., ICML 2023). A mask scales a layer's output but for its bias, the same as its weights.
 """
 
 import copy
@@ -21,10 +21,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from tqdm import trange
 
 from tcore import seeds
 from tcore.device import autocast
+from tcore.files import InputError
 from tcore.models.classifier import Classifier
 from tcore.models.encoder import floats
 from tcore.models.head import batches
@@ -42,12 +44,33 @@ class Settings:
     batch: int = 128  # images a step [paper: Table 17]
 
 
-def convolutions(encoder: nn.Module) -> dict[str, nn.Conv2d]:
-    return {name: m for name, m in encoder.named_modules() if isinstance(m, nn.Conv2d)}
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+
+
+def layers(encoder: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
+    """The layers whose output channels are trusted or not, by name."""
+    return {name: m for name, m in encoder.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
 
 
 def norm_parameters(encoder: nn.Module) -> list[nn.Parameter]:
-    return [p for m in encoder.modules() if isinstance(m, nn.BatchNorm2d) for p in (m.weight, m.bias)]
+    found = [p for m in encoder.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)]
+    if not found:
+        raise InputError(
+            "the encoder has no normalisation layers with scale and shift, which unlearning works on; "
+            "T-Core needs batch, layer or group norm"
+        )
+    return found
+
+
+def mask_output(layer: nn.Conv2d | nn.Linear, mask: Tensor) -> RemovableHandle:
+    """From now on the layer computes with the weights m * w, its bias as it is."""
+    shape = (-1, 1, 1) if isinstance(layer, nn.Conv2d) else (-1,)
+
+    def scaled(layer: nn.Module, _, out: Tensor) -> Tensor:
+        m = mask.view(shape)
+        return out * m if layer.bias is None else out * m + (1 - m) * layer.bias.view(shape)
+
+    return layer.register_forward_hook(scaled)
 
 
 def unlearn(model: Classifier, images: Tensor, labels: Tensor, settings: Settings, seed: int) -> list[float]:
@@ -80,17 +103,12 @@ def unlearn(model: Classifier, images: Tensor, labels: Tensor, settings: Setting
 def recover(
     model: Classifier, images: Tensor, labels: Tensor, settings: Settings, seed: int
 ) -> tuple[dict[str, Tensor], list[float]]:
-    """Masks (C_out,) by convolution, averaged over the last sixth of the epochs, and accuracy per epoch."""
+    """Masks (C_out,) by layer, averaged over the last sixth of the epochs, and accuracy per epoch."""
     device = labels.device
     model.eval().requires_grad_(False)
-    layers = convolutions(model.encoder)
-    masks = {
-        name: torch.ones(m.out_channels, device=device, requires_grad=True) for name, m in layers.items()
-    }
-    handles = [
-        m.register_forward_hook(lambda _, __, out, mask=masks[name]: out * mask.view(-1, 1, 1))
-        for name, m in layers.items()
-    ]
+    found = layers(model.encoder)
+    masks = {name: torch.ones(len(m.weight), device=device, requires_grad=True) for name, m in found.items()}
+    handles = [mask_output(m, masks[name]) for name, m in found.items()]
     optimizer = torch.optim.Adam(masks.values(), settings.lr)
     generator = seeds.generator(seed, "filter", "recover")
     last = max(1, settings.epochs // 6)
@@ -105,6 +123,12 @@ def recover(
                 loss = F.cross_entropy(out.float(), labels[rows])
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
+                bypassed = [name for name, mask in masks.items() if mask.grad is None]
+                if bypassed:
+                    raise InputError(
+                        f"the encoder uses the weights of {bypassed[0]} without calling it, so its channels "
+                        "cannot be masked; T-Core needs an encoder that calls its layers as modules"
+                    )
                 optimizer.step()
                 with torch.no_grad():
                     for mask in masks.values():
@@ -123,7 +147,7 @@ def recover(
 def filter_channels(
     model: Classifier, images: Tensor, labels: Tensor, subset: Tensor, settings: Settings, seed: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
-    """Masks and untrusted channels (bool) by convolution, and a log. `subset` (n,) bool; model untouched.
+    """Masks and untrusted channels (bool) by layer, and a log. `subset` (n,) bool; model untouched.
 
     uint8 images, on the device of the model.
     """
