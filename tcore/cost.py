@@ -137,7 +137,8 @@ def table(found: pd.DataFrame, by: str) -> list[str]:
     for name, rows in found.groupby(by, sort=False):
         counts = rows["basis"].value_counts()
         rests = ", ".join(f"{b} ({counts[b]:,})" for b in BASES if b in counts)
-        lines.append(f"{name:<28}{len(rows):>7,}{rows['seconds'].sum() / 3600:>10,.2f}  {rests}")
+        hours = "?" if rows["seconds"].isna().all() else f"{rows['seconds'].sum() / 3600:,.2f}"
+        lines.append(f"{name:<28}{len(rows):>7,}{hours:>10}  {rests}")
     return lines
 
 

@@ -1,6 +1,7 @@
 """Costs before a run: planted records and commands with the hours that follow by hand."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,7 @@ def test_the_nearest_record_counts(data):
     assert found["seconds"][:4].tolist() == [cost.START + s for s in (12, 30, 12, 50)]
     assert np.isnan(found["seconds"][4])
     page = cost.report(found)
+    assert re.search(r"^paint +1 +\? ", page, re.MULTILINE)
     assert "5 jobs, 0.03 hours" in page and "0.02 of these hours" in page and "1 jobs have never" in page
 
 
