@@ -83,7 +83,8 @@ def _over_seeds(values: pd.Series) -> dict:
 
 
 def boards(rows: list[dict], found: pd.DataFrame) -> list[dict]:
-    """Per scenario its defences, best first: by the share of victims held, then by mean attack success.
+    """Per scenario its defences, best first: by the share of victims held, then by mean attack success;
+    none comes last.
 
     Held: no trigger at or above the line, no more accuracy lost than allowed (`missed`, `lossy` of a row).
     A scenario with fewer than two defences beside `none` has no board.
@@ -112,9 +113,13 @@ def boards(rows: list[dict], found: pd.DataFrame) -> list[dict]:
                 }
             )
         if sum(line["defense"] != "none" for line in lines) > 1:
-            lines.sort(key=lambda line: (-line["held"] / line["victims"], np.nan_to_num(line["asr"]["mean"])))
+            lines.sort(key=_rank)
             shown.append({"scenario": scenario, "victims": victims, "lines": lines})
     return shown
+
+
+def _rank(line: dict) -> tuple:
+    return line["defense"] == "none", -line["held"] / line["victims"], np.nan_to_num(line["asr"]["mean"])
 
 
 def benefits(rows: list[dict]) -> list[dict]:

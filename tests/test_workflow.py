@@ -48,7 +48,8 @@ def plan(folder: Path, *arguments: str) -> list[tuple[str, set[str]]]:
 
     Snakemake prints the command and, because every file is to be made, every input as a reason.
     """
-    blocks = snakemake(folder, "--dry-run", "--printshellcmds", *arguments).split("\nJob ")
+    text = snakemake(folder, "--dry-run", "--printshellcmds", *arguments)
+    blocks = re.sub(r"^Would remove .*", "", text, flags=re.MULTILINE).split("\nJob ")  # after any other job
     jobs = [block for block in blocks if "scripts/" in block]
     assert all("Missing output files" in job for job in jobs)
     return [
