@@ -20,8 +20,9 @@ GRID = json.dumps({axis: experiment[axis] for axis in grid.AXES} | {"pairs": att
 VICTIMS = grid.cells(experiment)
 CELLS = VICTIMS[VICTIMS["scenario"] != grid.RECEIVED]  # what an evaluator knows the truth about
 RECEIVED = VICTIMS[VICTIMS["scenario"] == grid.RECEIVED]  # what nobody does
-CELLS_OF_TCORE = CELLS[CELLS["defense"] == "tcore"]
-CELLS_OF_BASELINES = CELLS[CELLS["defense"].isin(experiment["variants"])]
+GROWN = ["tcore", *(name for name, variant in experiment["variants"].items() if variant["kind"] == "tcore")]
+CELLS_OF_TCORE = CELLS[CELLS["defense"].isin(GROWN)]
+CELLS_OF_BASELINES = CELLS[CELLS["defense"].isin(experiment["variants"]) & ~CELLS["defense"].isin(GROWN)]
 
 
 wildcard_constraints:
@@ -218,8 +219,8 @@ def code_of_audit(wildcards):
 
 
 def of_kind(kind):
-    """The pattern of all baseline defences of one kind."""
-    names = CELLS_OF_BASELINES["defense"].unique()
+    """The pattern of all variants of one kind."""
+    names = CELLS.loc[CELLS["defense"].isin(experiment["variants"]), "defense"].unique()
     return "|".join(name for name in names if experiment["variants"][name]["kind"] == kind) or "(?!)"
 
 
@@ -260,6 +261,12 @@ def trusted_samples(wildcards):
 
 
 @signed
+def settings_of_growth(wildcards):
+    bootstrap = experiment["variants"][wildcards.defense]["settings"]
+    return canonical({"bootstrap": bootstrap, "head": experiment["methods"]["head"]})
+
+
+@signed
 def oracle(wildcards):
     known = experiment["variants"][wildcards.defense]["oracle"]
     return f"data/defended/{CELL}/{{defense}}/given/oracle.json".format(**wildcards) if known else []
@@ -271,7 +278,7 @@ def of_baseline(file, kind=None):
     @signed
     def path(wildcards):
         variant = experiment["variants"].get(wildcards.defense)
-        fits = variant and kind in (None, variant["kind"])
+        fits = variant and variant["kind"] in ((kind,) if kind else ("model", "detector"))
         return f"data/defended/{CELL}/{{defense}}/{file}".format(**wildcards) if fits else []
 
     return path
@@ -294,12 +301,12 @@ def code_of_prediction(wildcards):
 
 
 def of_tcore(file):
-    """A file that T-Core left behind on its way; other defences leave none."""
+    """A file that T-Core left behind on its way; other defences leave none. Variants differ in the pool alone."""
 
     @signed
     def path(wildcards):
-        mine = wildcards.defense == "tcore"
-        return f"data/defended/{CELL}/tcore/{file}".format(**wildcards) if mine else []
+        mine = wildcards.defense if file == "pool.parquet" else "tcore"
+        return f"data/defended/{CELL}/{mine}/{file}".format(**wildcards) if wildcards.defense in GROWN else []
 
     return path
 
@@ -328,8 +335,9 @@ def records(wildcards):
         (rules.pretrain_on_poisons, ~on_weights),
     ):
         found.update(expand(step.output.record, zip, **CELLS[chosen]))
-    for step in (rules.sift, rules.expand, rules.filter_channels, rules.bootstrap):
+    for step in (rules.sift, rules.expand, rules.filter_channels):
         found.update(expand(step.output.record, zip, **CELLS_OF_TCORE))
+    found.update(expand(rules.bootstrap_variant.output.record, zip, **CELLS_OF_TCORE))
     found.update(expand(rules.defend.output.record, zip, **CELLS_OF_BASELINES))
     inputs = CELLS_OF_BASELINES[[experiment["variants"][d]["inputs"] for d in CELLS_OF_BASELINES["defense"]]]
     found.update(expand(rules.score_inputs.output.record, zip, **inputs))
@@ -373,7 +381,7 @@ def shown(wildcards):
         rules.sift.output.seeds,
         rules.expand.output.subset,
         rules.filter_channels.output.channels,
-        rules.bootstrap.output.pool,
+        rules.bootstrap_variant.output.pool,
     ):
         found.update(expand(choice, zip, **CELLS_OF_TCORE))
     return sorted(found)

@@ -283,8 +283,10 @@ def look_inside(
     found: pd.DataFrame, data: Path, cells: pd.DataFrame, notes: list[str], large: bool
 ) -> list[dict]:
     """T-Core's victims: pictures and curves of the first ones, of a large grid curves of the others."""
-    staged = cells.merge(found.loc[found["stage"] == "sift", results.IDENTITY].drop_duplicates())
-    staged = staged.drop_duplicates([*VICTIM, "defense"]).to_dict("records")
+    staged = cells[cells["defense"] == "tcore"].merge(
+        found.loc[found["stage"] == "sift", results.IDENTITY].drop_duplicates()
+    )
+    staged = staged.drop_duplicates(VICTIM).to_dict("records")
     if len(staged) > DETAILED:
         kind = "Pictures" if large else "Pictures and curves"
         notes.append(f"{kind} for the first {DETAILED} of {len(staged)} defended victims.")

@@ -60,8 +60,8 @@ def test_what_two_tables_print_is_the_same():
 
 
 def test_every_published_number_has_its_cell_in_the_papers_grid():
-    transformer = yaml.safe_load((ROOT / "config/vit.yaml").read_text())
-    cells = pd.concat([grid.cells(AXES), grid.cells(AXES | transformer)], ignore_index=True)
+    overlays = [yaml.safe_load((ROOT / f"config/{name}.yaml").read_text()) for name in ("vit", "growth")]
+    cells = pd.concat([grid.cells(AXES | overlay) for overlay in ({}, *overlays)], ignore_index=True)
     wanted = REPORTED[tables.KEYS].drop_duplicates()
     assert len(wanted.merge(cells[cells["seed"] == 0])) == len(wanted)
     assert set(REPORTED["table"]) == set(tables.TITLES)
