@@ -83,7 +83,7 @@ def _over_seeds(values: pd.Series) -> dict:
 
 
 def boards(rows: list[dict], found: pd.DataFrame) -> list[dict]:
-    """Per scenario its defences, by the share of victims held and then by mean attack success; none comes last.
+    """Per scenario its defences, by the share of victims held, then by mean attack success, `none` last.
 
     Held: no trigger at or above the line, no more accuracy lost than allowed (`missed`, `lossy` of a row).
     A scenario with fewer than two defences beside `none` has no board.
