@@ -1,5 +1,6 @@
 # The experiment's grid, and how rules find out what they need: their digest of code, settings and files.
 import hashlib
+import inspect
 import json
 
 from snakemake.exceptions import WorkflowError
@@ -19,8 +20,9 @@ GRID = json.dumps({axis: experiment[axis] for axis in grid.AXES} | {"pairs": att
 VICTIMS = grid.cells(experiment)
 CELLS = VICTIMS[VICTIMS["scenario"] != grid.RECEIVED]  # what an evaluator knows the truth about
 RECEIVED = VICTIMS[VICTIMS["scenario"] == grid.RECEIVED]  # what nobody does
-CELLS_OF_TCORE = CELLS[CELLS["defense"] == "tcore"]
-CELLS_OF_BASELINES = CELLS[CELLS["defense"].isin(experiment["variants"])]
+GROWN = ["tcore", *(name for name, variant in experiment["variants"].items() if variant["kind"] == "tcore")]
+CELLS_OF_TCORE = CELLS[CELLS["defense"].isin(GROWN)]
+CELLS_OF_BASELINES = CELLS[CELLS["defense"].isin(experiment["variants"]) & ~CELLS["defense"].isin(GROWN)]
 
 
 wildcard_constraints:
@@ -34,9 +36,16 @@ wildcard_constraints:
     table="[0-9]+",
 
 
+def signed(function):
+    """`function` with its signature at hand; Snakemake asks for it twice a job, which takes longer than most calls."""
+    function.__signature__ = inspect.signature(function)
+    return function
+
+
 def code(script, *attacks):
     """The digest of a rule's script and of the methods that its wildcards `attacks` name."""
 
+    @signed
     def digest(wildcards):
         return provenance.code(script, *(f"{attack}s/{wildcards[attack]}" for attack in attacks))
 
@@ -56,6 +65,7 @@ def settings(*methods):
 def settings_of(attack):
     """The settings of the one method that the wildcard `attack` names, for the downstream set at hand."""
 
+    @signed
     def found(wildcards):
         name = wildcards[attack]
         own = experiment["datasets"][wildcards.downstream]["attacks"].get(name, {})
@@ -67,6 +77,7 @@ def settings_of(attack):
 def target(attacker):
     """The class of the downstream set that an attacker ("encoder" or "dataset") aims at."""
 
+    @signed
     def found(wildcards):
         return experiment["datasets"][wildcards.downstream][f"{attacker}_target"]
 
@@ -76,6 +87,7 @@ def target(attacker):
 def received(file):
     """A file from the folder of the data set that a cell's user receives."""
 
+    @signed
     def path(wildcards):
         return f"data/{grid.received(**{part: wildcards[part] for part in grid.VICTIM})}/{file}"
 
@@ -85,6 +97,7 @@ def received(file):
 def flags(*names):
     """`--name path` for those inputs that a job has."""
 
+    @signed
     def given(wildcards, input):
         return " ".join(f"--{name.replace('_', '-')} {input[name]}" for name in names if input.get(name))
 
@@ -97,6 +110,7 @@ def flags(*names):
 def of_dataset(key):
     """An entry of the data set that the wildcard names: its source, its settings, ..."""
 
+    @signed
     def entry(wildcards):
         return experiment["datasets"][wildcards.dataset][key]
 
@@ -113,6 +127,7 @@ def archives(source):
 def of_archive(key):
     """A field of the archive that the wildcards name: its url, its checksum."""
 
+    @signed
     def field(wildcards):
         return getattr(archives(wildcards.source)[wildcards.archive], key)
 
@@ -169,23 +184,26 @@ def attacks_on(weights):
 def known(path):
     """A file about an attack; there is none where nobody knows of one."""
 
+    @signed
     def found(wildcards):
         if wildcards.encoder_attack == grid.RECEIVED:
             return []
-        return path(wildcards) if callable(path) else expand(path, **wildcards)
+        return path(wildcards) if callable(path) else path.format(**wildcards)
 
     return found
 
 
+@signed
 def checked(wildcards):
     """What has to be looked at before anything that takes long is done with files from outside."""
     outside = wildcards.encoder_attack == grid.RECEIVED
-    return expand(f"data/defended/{CELL}/check_received.run.json", **wildcards) if outside else []
+    return f"data/defended/{CELL}/check_received.run.json".format(**wildcards) if outside else []
 
 
 def of_encoder(key):
     """An entry of the encoder from outside that the wildcard names."""
 
+    @signed
     def entry(wildcards):
         return experiment["encoders"][wildcards.pretrain][key]
 
@@ -201,11 +219,12 @@ def code_of_audit(wildcards):
 
 
 def of_kind(kind):
-    """The pattern of all baseline defences of one kind."""
-    names = CELLS_OF_BASELINES["defense"].unique()
+    """The pattern of all variants of one kind."""
+    names = CELLS.loc[CELLS["defense"].isin(experiment["variants"]), "defense"].unique()
     return "|".join(name for name in names if experiment["variants"][name]["kind"] == kind) or "(?!)"
 
 
+@signed
 def code_of_defense(wildcards):
     return provenance.code("defend", f"defenses/{experiment['variants'][wildcards.defense]['defense']}")
 
@@ -216,6 +235,7 @@ def code_of_input_detector(wildcards):
     return provenance.code("score_inputs", f"defenses/{variant['defense']}", *attacks)
 
 
+@signed
 def settings_of_defense(wildcards):
     variant = experiment["variants"][wildcards.defense]
     return canonical(
@@ -228,6 +248,7 @@ def settings_of_defense(wildcards):
     )
 
 
+@signed
 def trusted_samples(wildcards):
     """The table of clean samples for a defence that needs some; they may be T-Core's own."""
     trusted = experiment["variants"][wildcards.defense]["trusted"]
@@ -236,50 +257,61 @@ def trusted_samples(wildcards):
         "seeds": "tcore/seeds.parquet",
         "subset": "tcore/subset.parquet",
     }.get(trusted and trusted["source"])
-    return expand(f"data/defended/{CELL}/{file}", **wildcards) if file else []
+    return f"data/defended/{CELL}/{file}".format(**wildcards) if file else []
 
 
+@signed
+def settings_of_growth(wildcards):
+    bootstrap = experiment["variants"][wildcards.defense]["settings"]
+    return canonical({"bootstrap": bootstrap, "head": experiment["methods"]["head"]})
+
+
+@signed
 def oracle(wildcards):
     known = experiment["variants"][wildcards.defense]["oracle"]
-    return expand(f"data/defended/{CELL}/{{defense}}/given/oracle.json", **wildcards) if known else []
+    return f"data/defended/{CELL}/{{defense}}/given/oracle.json".format(**wildcards) if known else []
 
 
 def of_baseline(file, kind=None):
     """A file that a baseline defence (of one kind) left behind; other defences leave none."""
 
+    @signed
     def path(wildcards):
         variant = experiment["variants"].get(wildcards.defense)
-        fits = variant and kind in (None, variant["kind"])
-        return expand(f"data/defended/{CELL}/{{defense}}/{file}", **wildcards) if fits else []
+        fits = variant and variant["kind"] in ((kind,) if kind else ("model", "detector"))
+        return f"data/defended/{CELL}/{{defense}}/{file}".format(**wildcards) if fits else []
 
     return path
 
 
+@signed
 def scored_inputs(wildcards):
     """An input detector's scores of test images; other defences have none."""
     inputs = experiment["variants"].get(wildcards.defense, {}).get("inputs")
-    return expand(f"data/results/{CELL}/{{defense}}/inputs.parquet", **wildcards) if inputs else []
+    return f"data/results/{CELL}/{{defense}}/inputs.parquet".format(**wildcards) if inputs else []
 
 
 # Evaluation
 
 
+@signed
 def code_of_prediction(wildcards):
     attacks = ("encoder_attack", "dataset_attack")
     return code("predict", *(() if wildcards.encoder_attack == grid.RECEIVED else attacks))(wildcards)
 
 
 def of_tcore(file):
-    """A file that T-Core left behind on its way; other defences leave none."""
+    """A file that T-Core left behind on its way; other defences leave none. Variants differ in the pool alone."""
 
+    @signed
     def path(wildcards):
-        return (
-            expand(f"data/defended/{CELL}/tcore/{file}", **wildcards) if wildcards.defense == "tcore" else []
-        )
+        mine = wildcards.defense if file == "pool.parquet" else "tcore"
+        return f"data/defended/{CELL}/{mine}/{file}".format(**wildcards) if wildcards.defense in GROWN else []
 
     return path
 
 
+@signed
 def identity(wildcards):
     """What a cell's rows in the results say about it."""
     scenario = grid.scenario(wildcards.encoder_attack, wildcards.dataset_attack)
@@ -303,8 +335,9 @@ def records(wildcards):
         (rules.pretrain_on_poisons, ~on_weights),
     ):
         found.update(expand(step.output.record, zip, **CELLS[chosen]))
-    for step in (rules.sift, rules.expand, rules.filter_channels, rules.bootstrap):
+    for step in (rules.sift, rules.expand, rules.filter_channels):
         found.update(expand(step.output.record, zip, **CELLS_OF_TCORE))
+    found.update(expand(rules.bootstrap_variant.output.record, zip, **CELLS_OF_TCORE))
     found.update(expand(rules.defend.output.record, zip, **CELLS_OF_BASELINES))
     inputs = CELLS_OF_BASELINES[[experiment["variants"][d]["inputs"] for d in CELLS_OF_BASELINES["defense"]]]
     found.update(expand(rules.score_inputs.output.record, zip, **inputs))
@@ -348,7 +381,7 @@ def shown(wildcards):
         rules.sift.output.seeds,
         rules.expand.output.subset,
         rules.filter_channels.output.channels,
-        rules.bootstrap.output.pool,
+        rules.bootstrap_variant.output.pool,
     ):
         found.update(expand(choice, zip, **CELLS_OF_TCORE))
     return sorted(found)

@@ -10,6 +10,7 @@ rule compare_tables:
         metrics=metrics_of_table,
     output:
         markdown="data/results/tables/table_{table}.md",
+        latex="data/results/tables/table_{table}.tex",
         csv="data/results/tables/table_{table}.csv",
         record="data/results/tables/table_{table}.run.json",
     log:
@@ -22,7 +23,7 @@ rule compare_tables:
     shell:
         "python scripts/compare_tables.py --table {wildcards.table} --published {input.published}"
         " --grid {params.grid:q} --data data"
-        " --markdown {output.markdown} --csv {output.csv} --record {output.record} > {log} 2>&1"
+        " --markdown {output.markdown} --latex {output.latex} --csv {output.csv} --record {output.record} > {log} 2>&1"
 
 
 # As it stands now, like `preview` of the report.
@@ -31,6 +32,7 @@ use rule compare_tables as compare_tables_available with:
         published=PUBLISHED,
     output:
         markdown="data/preview/table_{table}.md",
+        latex="data/preview/table_{table}.tex",
         csv="data/preview/table_{table}.csv",
         record="data/preview/table_{table}.run.json",
     log:

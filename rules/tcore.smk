@@ -97,3 +97,18 @@ rule bootstrap:
         "python scripts/bootstrap.py --model {input.model} --images {input.images} --subset {input.subset}"
         " --channels {input.channels} --settings {params.settings:q} --seed {wildcards.seed}"
         " --model-out {output.model} --pool {output.pool} --record {output.record} > {log} 2>&1"
+
+
+# Another bootstrapping from the same subset and channels: a variant with defense: tcore.
+use rule bootstrap as bootstrap_variant with:
+    output:
+        model="data/defended/<cell>/{defense}/model.safetensors",
+        pool="data/defended/<cell>/{defense}/pool.parquet",
+        record="data/defended/<cell>/{defense}/bootstrap.run.json",
+    log:
+        "<logs>/bootstrap/<cell>/{defense}.log",
+    wildcard_constraints:
+        defense=of_kind("tcore"),
+    params:
+        code=code("bootstrap"),
+        settings=settings_of_growth,

@@ -19,6 +19,7 @@ def main() -> None:
     parser.add_argument("--grid", required=True, type=json.loads, help=f"JSON with {', '.join(grid.AXES)}")
     parser.add_argument("--data", required=True, type=Path, help="the data folder (docs/architecture.md)")
     parser.add_argument("--markdown", required=True)
+    parser.add_argument("--latex", required=True)
     parser.add_argument("--csv", required=True)
     parser.add_argument("--record", required=True)
     args = parser.parse_args()
@@ -34,11 +35,18 @@ def main() -> None:
         log |= {"cells": len(paths), "there": len(there)}
         empty = pd.DataFrame(columns=[*results.IDENTITY, *results.NUMBERS])
         read = [results.need(load_table(path), [*results.IDENTITY, *results.NUMBERS], path) for path in there]
+        if "cost" in set(reported.loc[reported["table"] == args.table, "stage"]):
+            read += [
+                results.own_costs(args.data, cell)
+                for cell, path in zip(own.to_dict("records"), paths, strict=True)
+                if path.is_file()
+            ]
         compared = tables.compare(args.table, reported, pd.concat(read) if read else empty)
         with atomic(args.csv) as temporary:
             compared.to_csv(temporary, index=False, float_format="%.6g")
-        with atomic(args.markdown) as temporary:
-            temporary.write_text(tables.markdown(args.table, compared), encoding="utf-8")
+        for path, write in ((args.markdown, tables.markdown), (args.latex, tables.latex)):
+            with atomic(path) as temporary:
+                temporary.write_text(write(args.table, compared), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def main() -> None:
             samples = results.need(load_table(args.samples), list(results.SAMPLES), args.samples)
             rows += results.detector_rows(truth, samples)
         if args.inputs:
-            inputs = results.need(load_table(args.inputs), ["label", "view", "score"], args.inputs)
+            inputs = results.need(load_table(args.inputs), ["label", "view", "score", "flagged"], args.inputs)
             rows += results.input_rows(inputs, metas, args.identity.get("dataset_attack"))
         save_table(args.metrics, results.tidy(args.identity, rows))
 

@@ -4,6 +4,7 @@ import argparse
 import json
 
 import pandas as pd
+import torch
 
 from tcore import defense, registry, triggers
 from tcore import device as devices
@@ -26,7 +27,9 @@ def main() -> None:
     parser.add_argument("--encoder-trigger", required=True)
     parser.add_argument("--dataset-trigger", required=True)
     parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--inputs", required=True, help="out: score per view and test image; none if n/a")
+    parser.add_argument(
+        "--inputs", required=True, help="out: score and flag per view and test image; none if n/a"
+    )
     parser.add_argument("--record", required=True, help="out: the record of this step")
     args = parser.parse_args()
 
@@ -41,16 +44,20 @@ def main() -> None:
             stamp, _ = triggers.load(getattr(args, view))
             if stamp is not None:
                 views[view] = stamp(test.tensor)
-        tables = []
+        table = pd.DataFrame({"index": [], "label": [], "view": [], "score": [], "flagged": []})
         try:
             defense.check(method, received)
-            for view, images in views.items():
-                score = method.score_inputs(images.to(device), received, settings, args.seed)
-                table = {"index": test.index, "label": test.labels, "view": view}
-                tables.append(pd.DataFrame(table | {"score": score.double().cpu().numpy()}))
+            score = [method.score_inputs(v.to(device), received, settings, args.seed) for v in views.values()]
+            flagged = method.flag_inputs(torch.cat(score), received, settings, args.seed)
+            named = [
+                pd.DataFrame({"index": test.index, "label": test.labels, "view": view}) for view in views
+            ]
+            table = pd.concat(named, ignore_index=True).assign(
+                score=torch.cat(score).double().cpu().numpy(), flagged=flagged.cpu().numpy()
+            )
         except defense.NotApplicable:
-            tables = [pd.DataFrame({"index": [], "label": [], "view": [], "score": []})]
-        save_table(args.inputs, pd.concat(tables, ignore_index=True))
+            pass  # the evaluator reads the reason elsewhere
+        save_table(args.inputs, table)
 
 
 if __name__ == "__main__":

@@ -181,13 +181,18 @@ def _variants(given: dict, methods: dict, trusted: dict) -> dict:
         _mapping(
             where, variant, ("defense",), optional=("settings", "part", "selection", "oracle", "trusted")
         )
-        _known(f"{where}.defense", variant["defense"], defenses)
+        _known(f"{where}.defense", variant["defense"], ["tcore", *defenses])
         found[name] = variant
     return {name: _variant(f"variants.{name}", variant, methods, trusted) for name, variant in found.items()}
 
 
 def _variant(where: str, variant: dict, methods: dict, trusted: dict) -> dict:
     defense, oracle = variant["defense"], variant.get("oracle", False)
+    if defense == "tcore":
+        if other := sorted(set(variant) - {"defense", "settings"}):
+            raise InputError(f"config: {where}.{other[0]}: of T-Core only settings of bootstrap vary")
+        overrides = methods["bootstrap"] | (variant.get("settings") or {})
+        return {"defense": defense, "kind": "tcore", "settings": _resolve("bootstrap", overrides, where)}
     declared = settings.constants(registry.path("defenses", defense))
     if not isinstance(oracle, bool):
         raise InputError(f"config: {where}.oracle = {oracle!r} should be true or false")

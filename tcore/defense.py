@@ -11,7 +11,7 @@ A defence is a file with `Settings`, a docstring and constants that declare what
     TRAINS      optional: whether it trains networks made by `received.network`, so that `part` says what is
                 trained, the head on cached features or everything
     INPUTS      optional, of a detector: score_inputs(images, received, settings, seed) -> (N,) float scores
-                images of later use
+                images of later use; flag_inputs(score, received, settings, seed) -> (N,) bool, its rule
 
 After a detector, all train the same head on what is kept, so results compare detectors and not
 trainers. Methods that cannot be applied raise `NotApplicable`; their result is a row with the reason.

@@ -124,6 +124,46 @@ def before_after(rows: list[dict], line: float | None, label: str, low: float = 
     return _svg(figure, label)
 
 
+def benefit(points: list[dict], label: str) -> str:
+    """A dot per defence: `name`, `seconds` on a logarithmic axis, `drop` of attack success, and `bad`.
+
+    A name stands beside its dot, or below where another is in the way.
+    """
+    figure, axes = _panel(9.0, 4.2)
+    low = min(0.0, min(point["drop"] for point in points))
+    dots = [(np.log10(max(point["seconds"], 0.01)), point["drop"]) for point in points]
+    left, right = (f(x for x, _ in dots) for f in (min, max))
+    width, step = 1.35 * max(right - left, 1.0), 0.042 * (1.05 - low)  # with room for the last name
+    taken = [(x - 0.008 * width, x + 0.008 * width, y) for x, y in dots]
+    for (x, y), point in sorted(zip(dots, points, strict=True), key=lambda dot: -dot[0][1]):
+        colour, marker = (BAD, "s") if point["bad"] else (GOOD, "o")
+        axes.plot(x, y, marker, color=colour, ms=6, clip_on=False)
+        start, place = x + 0.012 * width, y
+        end = start + width * 0.0115 * len(point["name"])
+        while any(
+            abs(place - at) < step and start < other_end and other < end for other, other_end, at in taken
+        ):
+            place -= step / 4
+        taken.append((start, end, place))
+        axes.annotate(
+            point["name"],
+            (x, y),
+            (x + 0.015 * width, place),
+            va="center",
+            fontsize=SMALL,
+            arrowprops={"arrowstyle": "-", "color": RULE, "linewidth": 0.5} if y - place > step else None,
+        )
+    axes.set_xlim(left - 0.03 * width, left + width)
+    axes.set_ylim(min(at for *_, at in [*taken, (0, 0, low)]) - 0.03, 1.02)
+    ticks = [m * 10.0**k for k in range(-3, 7) for m in ((1, 2, 5) if right - left < 2.5 else (1,))]
+    ticks = [tick for tick in ticks if left - 0.03 * width <= np.log10(tick) <= right + 0.3]
+    axes.set_xticks(np.log10(ticks), [f"{tick:,g}" for tick in ticks])
+    axes.set_xlabel("seconds", fontsize=SMALL)
+    axes.spines["left"].set_visible(False)
+    _percent(axes.yaxis)
+    return _svg(figure, label)
+
+
 def purity(stages: dict[str, list[dict]], total: int, poisons: int, label: str) -> str:
     """Shares of all images and of all poisons that are in the trusted set, step by step.
 

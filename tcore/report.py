@@ -1,22 +1,22 @@
 """The report: one HTML file that needs nothing else, made from the results and the files behind them.
 
-Numbers come from `results.parquet`; pictures and channel masks from the folders of
-docs/architecture.md, for the first seed of each victim. What is not there is left out, and the page says so.
+Numbers come from `results.parquet`; pictures and channel masks from the folders of docs/architecture.md, for
+the first seed of each victim (`closeups`). Several defences are set side by side (`leaderboard`); where there
+are many cells the long tables fold away. What is not there is left out, and the page says so.
 """
 
 import json
-from functools import lru_cache
 from pathlib import Path
 
 import jinja2
 import numpy as np
 import pandas as pd
-import torch
 from markupsafe import Markup
 
-from tcore import figures, metrics, results, triggers
-from tcore.data.images import ImageSet, read_images
-from tcore.files import InputError, load_json, load_table, load_tensors
+from tcore import closeups, figures, leaderboard, results
+from tcore.closeups import where
+from tcore.files import InputError, load_json
+from tcore.leaderboard import VICTIM
 
 ASR_LINE = 0.10  # a defence has failed where an attack succeeds more often than this
 ACC_LOSS = 0.05  # ... or where it costs more accuracy than this
@@ -30,10 +30,10 @@ SCENARIOS = {
     "T3": "both poisoned, one shared trigger",
     "T1+T2": "both poisoned, a trigger each",
 }
-VICTIM = results.CELL[:-1]  # a cell without its defence
-STAGES = {"sift": "seeds", "expand": "clean subset", "bootstrap": "clean pool"}
-
-_read_images = lru_cache(maxsize=3)(read_images)
+LARGE = 24  # rows of victims and defences above which the page is laid out for many
+TOLD = 4  # defences above which the summary speaks of T-Core alone and leaves the others to the tables
+FAILURES = 10  # told one by one; the table has all
+CURVES = 250  # victims of a large grid with a purity curve
 
 
 def percent(value: float) -> str:
@@ -60,6 +60,7 @@ def outcomes(table: pd.DataFrame) -> list[dict]:
         bare = group[group["defense"] == "none"]
         for position, (_, line) in enumerate(group.iterrows()):
             row = dict(zip(VICTIM, key, strict=True)) | {"defense": line["defense"], "n": line["n"]}
+            row["seconds"] = line["seconds"]
             row |= {"first": len(group) if position == 0 else 0, "numbers": {}, "note": line["note"]}
             for metric in results.OUTCOMES:
                 mean, low, high = (line[f"{metric}_{part}"] for part in ("mean", "low", "high"))
@@ -71,11 +72,6 @@ def outcomes(table: pd.DataFrame) -> list[dict]:
             row["lossy"] = bool(row["change"] < -ACC_LOSS)
             rows.append(row)
     return rows
-
-
-def _where(row: dict) -> str:
-    attacks = f"{row['encoder_attack']} + {row['dataset_attack']}"
-    return f"{row['scenario']}, {attacks}, {row['pretrain']} → {row['downstream']}"
 
 
 def narrative(table: pd.DataFrame, rows: list[dict]) -> dict[str, list[str]]:
@@ -90,8 +86,10 @@ def narrative(table: pd.DataFrame, rows: list[dict]) -> dict[str, list[str]]:
         f"{', '.join(pairs)}. {victims} {'case was' if victims == 1 else 'cases were'} built, "
         f"{'each once' if seeds == 1 else f'each with up to {seeds} seeds'}."
     )
-    found = []
-    for defense in table["defense"].drop_duplicates().sort_values(key=lambda names: names != "none"):
+    found, told = [], table["defense"].drop_duplicates().sort_values(key=lambda names: names != "none")
+    if len(told) > TOLD:
+        told = told[told.isin(["none", "tcore"])]
+    for defense in told:
         own = table[table["defense"] == defense]
         own = own[own["note"] == ""]
         if own.empty:
@@ -105,26 +103,29 @@ def narrative(table: pd.DataFrame, rows: list[dict]) -> dict[str, list[str]]:
                 f"; a triggered image is taken for the attacker's class in {_span(rates, ' of cases')}"
             )
         found.append(sentence + ".")
-    return {"run": [run], "found": found, "failed": [text for row in rows for text in _failures(row)]}
+    failed = [text for row in rows if row["defense"] in set(told) for text in _failures(row)]
+    if len(failed) > FAILURES:
+        failed[FAILURES:] = [f"{len(failed) - FAILURES:,} more stand in the table of all cells."]
+    return {"run": [run], "found": found, "failed": failed}
 
 
 def _failures(row: dict) -> list[str]:
-    name, where, texts = title(row["defense"]), _where(row), []
+    name, place, texts = title(row["defense"]), where(row), []
     for metric, trigger in RATES.items():
         rate = row["numbers"][metric]["mean"]
         if row["defense"] == "none" and rate < WEAK:
             texts.append(
                 f"The attack itself is weak: {trigger} succeeds in only {percent(rate)} of cases "
-                f"without a defence ({where})."
+                f"without a defence ({place})."
             )
         if row["defense"] != "none" and metric in row["missed"]:
             line = f"{100 * ASR_LINE:.0f} %"
             texts.append(
-                f"{name} missed the {line} line: {trigger} succeeds in {percent(rate)} of cases ({where})."
+                f"{name} missed the {line} line: {trigger} succeeds in {percent(rate)} of cases ({place})."
             )
     if row["lossy"]:
         limit = f"{100 * ACC_LOSS:.0f} points"
-        texts.append(f"{name} costs more than {limit} of accuracy: {points(row['change'])} ({where}).")
+        texts.append(f"{name} costs more than {limit} of accuracy: {points(row['change'])} ({place}).")
     return texts
 
 
@@ -183,195 +184,6 @@ def charts(rows: list[dict]) -> dict[str, Markup]:
     return drawn
 
 
-def gallery(data: Path, cells: list[dict], notes: list[str], count: int = 6) -> list[dict]:
-    """Per trigger: clean test images, the same images triggered, their difference magnified.
-
-    For a poisoned data set the same of some poisons and covers, which may carry another trigger in training.
-    """
-    shown: dict[Path, dict] = {}
-    for cell in cells:
-        places = results.folders(cell)
-        sides = {"encoder": places["encoder"]}
-        if cell["dataset_attack"] != "adaptive":
-            sides["dataset"] = places["poisoned"]
-        for side, folder in sides.items():
-            path = data / folder / "trigger.safetensors"
-            if path in shown or cell[f"{side}_attack"] == "clean":
-                continue
-            test_path = data / places["downstream"] / "test.parquet"
-            if not (path.is_file() and test_path.is_file()):
-                notes.append(
-                    f"No pictures of {cell[f'{side}_attack']}: its trigger or the test images are not there."
-                )
-                continue
-            stamp, meta = triggers.load(path)
-            test = _read_images(test_path)
-            target, goals = meta["target"], meta.get("goals")
-            rows = _one_of_each(test, target, goals, count)
-            images = test.tensor[rows]
-            names = [test.class_names[label] for label in test.labels[rows]]
-            attacked = [c for c, goal in enumerate(goals or ()) if goal >= 0]
-            shown[path] = {
-                "attack": meta["attack"],
-                "side": side,
-                "where": f"{cell['pretrain']} → {cell['downstream']}",
-                "target": "the class after its own" if target is None else test.class_names[target],
-                "sources": [test.class_names[c] for c in attacked] if target is not None else [],
-                "training": _training(data / places["downstream"], data / folder, count, notes)
-                if side == "dataset"
-                else None,
-                **_strip(images, stamp(images), names),
-            }
-    return list(shown.values())
-
-
-def _strip(clean: torch.Tensor, changed: torch.Tensor, names: list[str]) -> dict:
-    """Images before and after, their difference magnified by `factor`, and how much there is of it."""
-    magnified, factor = figures.difference(clean, changed)
-    stacks = [clean, changed, magnified]
-    return {
-        "factor": factor,
-        "largest": int(magnified.max()) // factor,
-        "touched": float((magnified > 0).any(1).float().mean()),
-        "images": [
-            {"name": name, "views": [figures.image_uri(_array(stack[i])) for stack in stacks]}
-            for i, name in enumerate(names)
-        ],
-    }
-
-
-def _training(clean: Path, received: Path, count: int, notes: list[str]) -> dict | None:
-    """`_strip` of poisons and, where there are any, two covers of a poisoned set."""
-    files = [clean / "train.parquet", received / "train.parquet", received / "truth.parquet"]
-    if gone := [file.name for file in files if not file.is_file()]:
-        notes.append(f"No pictures of poisons in {received.parent.name}: {', '.join(gone)} not there.")
-        return None
-    before, after, truth = _read_images(files[0]), _read_images(files[1]), load_table(files[2])
-    covers = _spread(np.flatnonzero(truth["is_cover"]), 2)
-    poisons = _spread(np.flatnonzero(truth["is_poison"]), count - len(covers))
-    was, given = (np.array(images.class_names)[images.labels] for images in (before, after))
-    names = [was[i] if was[i] == given[i] else f"{was[i]} → {given[i]}" for i in poisons]
-    names += [f"{was[i]}, cover" for i in covers]
-    rows = np.concatenate([poisons, covers])
-    return _strip(before.tensor[rows], after.tensor[rows], names) if len(rows) else None
-
-
-def _array(image: torch.Tensor) -> np.ndarray:
-    return image.permute(1, 2, 0).numpy()
-
-
-def _one_of_each(test: ImageSet, target: int | None, goals: list[int] | None, count: int) -> np.ndarray:
-    """The first image of up to `count` classes other than the target, those that are aimed at in front."""
-    present, first = np.unique(test.labels, return_index=True)
-    aimed = metrics.goals(present, target if goals is None else goals) >= 0
-    front = _spread(first[aimed], count)
-    return np.concatenate([front, _spread(first[~aimed & (present != target)], count - len(front))])
-
-
-def _spread(items: np.ndarray, count: int) -> np.ndarray:
-    """Up to `count` of the items at even distances."""
-    places = np.linspace(0, len(items) - 1, count if len(items) else 0)
-    return items[np.unique(places.astype(int))]
-
-
-def _stages(found: pd.DataFrame) -> tuple[dict[str, list[dict]], dict]:
-    """`size` and `poisons` after every step of a cell's stages, and of the whole data set."""
-    rows = found[found["metric"].isin(["size", "poisons"])].assign(step=found["step"].fillna(0))
-    wide = rows.pivot_table(index=["stage", "step"], columns="metric", values="value").astype(int)
-    stages = {
-        title: wide.loc[stage].to_dict("records") for stage, title in STAGES.items() if stage in wide.index
-    }
-    return stages, wide.loc["data"].to_dict("records")[0]
-
-
-def _targets(data: Path, cell: dict) -> dict[int, str]:
-    """Class -> whose target it is."""
-    aims: dict[int, list[str]] = {}
-    for side, folder in (("encoder", "encoder"), ("data set", "poisoned")):
-        path = data / results.folders(cell)[folder] / "trigger.safetensors"
-        target = triggers.load(path)[1]["target"] if path.is_file() else None
-        if target is not None:
-            aims.setdefault(target, []).append(side)
-    return {target: f"target ({' and '.join(sides)})" for target, sides in aims.items()}
-
-
-def inside(found: pd.DataFrame, data: Path, cell: dict, notes: list[str]) -> dict | None:
-    """What happened inside one defended cell: purity, class balance, channels, what stayed outside.
-
-    `found` are the cell's rows of the results. None, and a note, where a file is missing.
-    """
-    name, place = _where(cell), results.folders(cell)
-    files = {
-        file: data / place[folder] / file
-        for folder, file in (
-            ("defended", "subset.parquet"),
-            ("defended", "pool.parquet"),
-            ("defended", "channels.safetensors"),
-            ("poisoned", "truth.parquet"),
-            ("poisoned", "train.parquet"),
-        )
-    }
-    gone = [file for file, path in files.items() if not path.is_file()]
-    if gone:
-        notes.append(f"No look inside {name}: {', '.join(gone)} not there.")
-        return None
-    images = _read_images(files["train.parquet"])
-    subset, pool, truth = (
-        load_table(files[f"{table}.parquet"]).set_index("index").loc[images.index]
-        for table in ("subset", "pool", "truth")
-    )
-    mark = np.select([truth["is_poison"], truth["is_cover"]], ["poison", "cover"], "clean")
-    trusted, poison = pool["round"].to_numpy() >= 0, mark == "poison"
-    sets = {
-        "received": np.full(len(images), True),
-        "subset": subset["round"].to_numpy() >= 0,
-        "pool": trusted,
-    }
-    counts = {
-        part: np.bincount(images.labels[chosen], minlength=images.num_classes)
-        for part, chosen in sets.items()
-    }
-    tensors, _ = load_tensors(files["channels.safetensors"])
-    layers = [
-        (layer, tensors[f"mask.{layer}"].numpy(), tensors[f"untrusted.{layer}"].numpy().astype(bool))
-        for layer in results.layers(tensors)
-    ]
-    stages, total = _stages(found)
-
-    def pictures(rows: np.ndarray) -> list[dict]:
-        return [
-            {
-                "uri": figures.image_uri(images.pixels[row]),
-                "mark": mark[row],
-                "name": images.class_names[images.labels[row]],
-            }
-            for row in rows
-        ]
-
-    purity = figures.purity(stages, total["size"], total["poisons"], f"Purity through the stages: {name}")
-    classes = figures.classes(
-        counts, images.class_names, _targets(data, cell), f"Share of each class: {name}"
-    )
-    return {
-        "title": name,
-        "seed": cell["seed"],
-        "purity": Markup(purity),
-        "classes": Markup(classes),
-        "masks": Markup(figures.masks(layers, f"Channel masks: {name}")),
-        "untrusted": sum(int(untrusted.sum()) for _, _, untrusted in layers),
-        "channels": sum(len(untrusted) for _, _, untrusted in layers),
-        "poisons": int(poison.sum()),
-        "left": int((~trusted).sum()),
-        "left_poisons": int((poison & ~trusted).sum()),
-        "slipped": int((poison & trusted).sum()),
-        "outside": pictures(_spread(np.flatnonzero(~trusted), 12)),
-        "inside": pictures(_spread(np.flatnonzero(poison & trusted), 6)),
-        "empty": [
-            images.class_names[i] for i in np.flatnonzero((counts["pool"] == 0) & (counts["received"] > 0))
-        ],
-    }
-
-
 def costs(records: list[dict]) -> list[dict]:
     """Per kind of step, dearest first: runs, mean and total seconds, peak memory."""
     if not records:
@@ -421,15 +233,12 @@ def build(found: pd.DataFrame, data: Path, planned: int = 0) -> dict:
     cells = overview[results.CELL].merge(found[results.IDENTITY].drop_duplicates())
     if len(cells) < planned:
         notes.append(f"{len(cells)} of {planned} cells of the grid are there.")
-    victims = cells.drop_duplicates(VICTIM).to_dict("records")
-    with_stages = cells.merge(found.loc[found["stage"] == "sift", results.IDENTITY].drop_duplicates())
-    opened = with_stages.drop_duplicates([*VICTIM, "defense"]).to_dict("records")
-    if len(opened) > DETAILED:
-        notes.append(f"Pictures and curves for the first {DETAILED} of {len(opened)} defended victims.")
-    details = []
-    for cell in opened[:DETAILED]:
-        own = found[(found[results.IDENTITY] == pd.Series(cell)[results.IDENTITY]).all(axis=1)]
-        details.append(inside(own, data, cell, notes))
+    large = len(rows) > LARGE
+    victims = cells.drop_duplicates(VICTIM)
+    pictured = victims.drop_duplicates(["encoder_attack", "dataset_attack"]) if large else victims
+    opened = look_inside(found, data, cells, notes, large)
+    number = {tuple(cell[key] for key in VICTIM): number for number, cell in enumerate(opened)}
+    rows = [row | {"inside": number.get(tuple(row[key] for key in VICTIM))} for row in rows]
     wanted = {folder for cell in cells.to_dict("records") for folder in results.folders(cell).values()}
     records = [
         load_json(path) for folder in sorted(wanted) for path in sorted((data / folder).glob("*.run.json"))
@@ -437,12 +246,14 @@ def build(found: pd.DataFrame, data: Path, planned: int = 0) -> dict:
     if not records:
         notes.append("No run records: costs and versions are unknown.")
     return {
+        "large": large,
         "text": narrative(overview, rows),
         "rows": rows,
-        "charts": charts(rows),
+        "charts": {} if large else charts(rows),
+        "comparison": comparison(rows, found),
         "detections": detections(found),
-        "gallery": gallery(data, victims[:DETAILED], notes),
-        "details": [detail for detail in details if detail],
+        "gallery": closeups.gallery(data, pictured[:DETAILED].to_dict("records"), notes),
+        "details": opened,
         "costs": costs(records),
         "provenance": provenance(found, records),
         "scenarios": {name: text for name, text in SCENARIOS.items() if name in set(found["scenario"])},
@@ -450,6 +261,46 @@ def build(found: pd.DataFrame, data: Path, planned: int = 0) -> dict:
         "loss": ACC_LOSS,
         "notes": list(dict.fromkeys(notes)),
     }
+
+
+def comparison(rows: list[dict], found: pd.DataFrame) -> dict:
+    """Heat maps, leaderboards, cost against benefit; {} for fewer than two defences beside `none`."""
+    if len({row["defense"] for row in rows} - {"none"}) < 2:
+        return {}
+    benefits = leaderboard.benefits(rows)
+    drawn = figures.benefit(
+        [point | {"name": title(point["name"]), "bad": point["change"] < -ACC_LOSS} for point in benefits],
+        "Seconds of a defence against the fall of attack success",
+    )
+    return {
+        "heatmaps": leaderboard.heatmaps(rows),
+        "boards": leaderboard.boards(rows, found),
+        "benefit": Markup(drawn) if benefits else "",
+    }
+
+
+def look_inside(
+    found: pd.DataFrame, data: Path, cells: pd.DataFrame, notes: list[str], large: bool
+) -> list[dict]:
+    """T-Core's victims: pictures and curves of the first ones, of a large grid curves of the others."""
+    staged = cells[cells["defense"] == "tcore"].merge(
+        found.loc[found["stage"] == "sift", results.IDENTITY].drop_duplicates()
+    )
+    staged = staged.drop_duplicates(VICTIM).to_dict("records")
+    if len(staged) > DETAILED:
+        kind = "Pictures" if large else "Pictures and curves"
+        notes.append(f"{kind} for the first {DETAILED} of {len(staged)} defended victims.")
+    if len(staged) > CURVES:
+        notes.append(f"Curves for the first {CURVES} of {len(staged)} defended victims.")
+    by_cell, opened = dict(list(found.groupby(results.IDENTITY))), []
+    for position, cell in enumerate(staged[: CURVES if large else DETAILED]):
+        own = by_cell[tuple(cell[key] for key in results.IDENTITY)]
+        seen = closeups.inside(own, data, cell, notes) if position < DETAILED else None
+        if seen is None and large:
+            seen = closeups.curve(own, cell)
+        if seen is not None:
+            opened.append({key: cell[key] for key in VICTIM} | seen)
+    return opened
 
 
 def render(context: dict, template: Path) -> str:

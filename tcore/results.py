@@ -12,9 +12,11 @@ expand      round           the same of the clean subset so far
 bootstrap   round           the same of the clean pool so far; without a round tpr and fpr of what it left out
 filter      layer           channels, untrusted, mask_mean, mask_min (layers in name order, from 0)
 detect      -               tpr and fpr of what a detector dropped, auroc of its score; no trusted samples
-inputs      -               auroc_t of an input detector: triggered test images against clean ones
+inputs      -               auroc_t of an input detector: triggered test images against clean ones; by its own
+                            rule tpr_t, and fpr of the clean ones
 cleanest    -               size, poisons, ... of the CLEANEST of each class, by that score
-cost        -               seconds (sum), peak_ram_mb, peak_gpu_mb (maximum) of the defence's own steps
+cost        -               seconds (sum), peak_ram_mb, peak_gpu_mb (maximum) of the defence's own steps;
+                            where these are several also seconds_s, ... of the step s (sift, expand, ...)
 
 asr_t_all asks for the target class and is missing where there is none (all-to-all). leak_t is there where the
 attack aims at some classes only (TaCT): the same rate for the others.
@@ -159,15 +161,19 @@ def detector_rows(truth: pd.DataFrame, samples: pd.DataFrame) -> list[dict]:
 
 
 def input_rows(inputs: pd.DataFrame, triggers: dict[str, dict], dataset_attack: str) -> list[dict]:
-    """How well scores (`label`, `view`, `score`) tell triggered images of other classes from clean ones."""
-    rows = []
+    """How well `score` and `flagged` tell triggered images of other classes from clean ones."""
+    rows, clean = [], inputs["view"] == "clean"
     for name, meta in _own_triggers(triggers, dataset_attack).items():
         triggered = inputs["view"] == f"{name}_trigger"
-        shown = inputs[(inputs["view"] == "clean") | (triggered & (inputs["label"] != meta["target"]))]
+        aimed = triggered & (inputs["label"] != meta["target"])
+        shown = inputs[clean | aimed]
         is_triggered = (shown["view"] != "clean").to_numpy()
-        rows.append(
-            _row("inputs", None, f"auroc_{name}", metrics.auroc(shown["score"].to_numpy(), is_triggered))
-        )
+        rows += [
+            _row("inputs", None, f"auroc_{name}", metrics.auroc(shown["score"].to_numpy(), is_triggered)),
+            _share("inputs", f"tpr_{name}", metrics.share(inputs.loc[aimed, "flagged"].to_numpy(bool))),
+        ]
+    if rows:
+        rows.append(_share("inputs", "fpr", metrics.share(inputs.loc[clean, "flagged"].to_numpy(bool))))
     return rows
 
 
@@ -265,6 +271,24 @@ def read(data: Path, cells: pd.DataFrame, available: bool = False) -> tuple[list
     return tables, {path: load_json(path) for path in paths}
 
 
+def cost_rows(records: list[dict]) -> list[dict]:
+    """What a defence's own steps cost, together and, if there are several, each."""
+    steps = {record["step"]: [record] for record in records} if len(records) > 1 else {}
+    rows = []
+    for part, own in {"": records, **{f"_{step}": own for step, own in steps.items()}}.items():
+        for metric, how in COSTS.items():
+            values = pd.Series([record[metric] for record in own], dtype=float).dropna()
+            if len(values):
+                rows.append(_row("cost", None, metric + part, values.agg(how)))
+    return rows
+
+
+def own_costs(data: Path, cell: dict) -> pd.DataFrame:
+    """`cost_rows` of one cell from its records."""
+    records = sorted((data / folders(cell)["defended"]).glob("*.run.json"))
+    return tidy({key: cell[key] for key in IDENTITY}, cost_rows([load_json(path) for path in records]))
+
+
 def collect(tables: list[pd.DataFrame], records: dict[Path, dict]) -> pd.DataFrame:
     """All cells in one table, with cost rows and the columns `config` and `versions`.
 
@@ -274,15 +298,8 @@ def collect(tables: list[pd.DataFrame], records: dict[Path, dict]) -> pd.DataFra
     found, parts = by_folder(records), []
     for table in tables:
         cell = table.iloc[0][IDENTITY].to_dict()
-        own = found.get(folders(cell)["defended"], [])
         behind = lineage(cell, found)
-        values = {
-            metric: pd.Series([record[metric] for record in own], dtype=float).dropna().agg(how)
-            for metric, how in COSTS.items()
-        }
-        costs = tidy(
-            cell, [_row("cost", None, metric, v) for metric, v in values.items() if own and not np.isnan(v)]
-        )
+        costs = tidy(cell, cost_rows(found.get(folders(cell)["defended"], [])))
         made = sorted(json.dumps([r["step"], r["seed"], r["settings"]], sort_keys=True) for r in behind)
         parts.append(
             pd.concat([table, costs], ignore_index=True).assign(

@@ -4,6 +4,7 @@ import copy
 import runpy
 import subprocess
 import sys
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from tcore.files import InputError
 from tcore.settings import resolve
 
 ROOT = Path(__file__).resolve().parents[1]
+OVER_THE_PAPER = ("vit.yaml", "growth.yaml")
 CONFIG = {
     "seeds": [0],
     "pairs": [{"pretrain": "scenes", "downstream": "signs"}],
@@ -75,8 +77,8 @@ def test_settings_are_written_out_in_full():
     assert resolved["datasets"]["signs"]["settings"]["open"] is False
 
 
-def overlaid(name: str) -> dict:
-    """config.yaml with a second file over it, as Snakemake merges them."""
+def overlaid(*names: str) -> dict:
+    """config.yaml with other files over it, as Snakemake merges them."""
 
     def merge(below, above):
         return {
@@ -86,7 +88,8 @@ def overlaid(name: str) -> dict:
             for key in {**below, **above}
         }
 
-    return merge(*(yaml.safe_load((ROOT / "config" / file).read_text()) for file in ("config.yaml", name)))
+    files = [yaml.safe_load((ROOT / "config" / file).read_text()) for file in ("config.yaml", *names)]
+    return reduce(merge, files)
 
 
 def test_the_papers_17_pairs_with_the_published_settings():
@@ -105,7 +108,7 @@ def test_the_papers_17_pairs_with_the_published_settings():
 
 @pytest.mark.parametrize("name", [p.name for p in (ROOT / "config").glob("*.yaml")])
 def test_every_overlay_is_valid(name):
-    validate(overlaid(name))
+    validate(overlaid(*(["paper.yaml"] if name in OVER_THE_PAPER else []), name))
 
 
 def test_a_pair_and_a_data_set_may_have_their_own_choice():
@@ -246,3 +249,20 @@ def test_a_variant_has_a_name_of_its_own(name):
 def test_what_is_refused_as_a_source_of_clean_samples(trusted, message):
     with pytest.raises(InputError, match=message):
         validate(CONFIG | {"trusted": trusted})
+
+
+def test_variants_of_tcore_bootstrap_otherwise_and_differ_in_nothing_else():
+    config = overlaid("config.yaml")
+    config["methods"]["bootstrap"]["gamma2"] = 0.03
+    config["variants"] = {"small": {"defense": "tcore", "settings": {"rho": 0.6}}}
+    found = validate(config | {"defenses": ["tcore", "small"]})
+    own = found["methods"]["bootstrap"]
+    assert found["variants"]["small"]["settings"] == own | {"rho": 0.6} and own["gamma2"] == 0.03
+    config["variants"]["small"]["trusted"] = {"share": 0.2}
+    with pytest.raises(
+        InputError, match=r"variants.small.trusted: of T-Core only settings of bootstrap vary"
+    ):
+        validate(config)
+    config["variants"]["small"] = {"defense": "tcore", "settings": {"alpha": 0.6}}
+    with pytest.raises(InputError, match="alpha is not a setting"):
+        validate(config)

@@ -263,12 +263,21 @@ def test_input_detectors_are_judged_on_images_of_other_classes():
             "label": [0, 1, 2, 0, 1, 2, 0, 1, 2],
             "view": ["clean"] * 3 + ["encoder_trigger"] * 3 + ["dataset_trigger"] * 3,
             "score": [1, 2, 3, 0, 9, 2.5, 0, 0, 9],
+            "flagged": [False, False, True, True, True, False, False, False, True],
         }
     )
     triggers = {"encoder": {"attack": "x", "target": 0}, "dataset": {"attack": "y", "target": 2}}
     found = numbers(results.input_rows(inputs, triggers, "y"))
-    assert found == {("inputs", "auroc_encoder"): pytest.approx(5 / 6), ("inputs", "auroc_dataset"): 0}
-    assert len(results.input_rows(inputs, triggers, "adaptive")) == 1
+    assert found == {
+        ("inputs", "auroc_encoder"): pytest.approx(5 / 6),
+        ("inputs", "tpr_encoder"): 1 / 2,
+        ("inputs", "auroc_dataset"): 0,
+        ("inputs", "tpr_dataset"): 0,
+        ("inputs", "fpr"): pytest.approx(1 / 3),
+    }
+    assert set(numbers(results.input_rows(inputs, triggers, "adaptive"))) == {
+        ("inputs", name) for name in ("auroc_encoder", "tpr_encoder", "fpr")
+    }
     assert results.input_rows(inputs, {"encoder": {"attack": "clean"}}, "y") == []
 
 
@@ -279,6 +288,15 @@ def test_input_detectors_score_an_image_by_itself(name):
     whole = method.score_inputs(received.images[:30], received, quick(method), 0)
     parts = [method.score_inputs(part, received, quick(method), 0) for part in received.images[:30].split(11)]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if hasattr(registry.load("defenses", n), "score_inputs")])
+def test_the_rule_for_inputs_is_that_of_the_training_set(name):
+    """On the scores of the training set itself, both rules flag the same samples."""
+    method, received = registry.load("defenses", name), tiny()
+    score = method.score(received, quick(method), 0)
+    expected = method.flag(score, received, quick(method))
+    assert torch.equal(method.flag_inputs(score, received, quick(method), 0), expected)
 
 
 def test_the_cleanest_are_one_percent_of_each_class():

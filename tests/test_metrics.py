@@ -245,7 +245,12 @@ def test_collect_adds_up_the_defences_own_steps(tmp_path):
     found = results.collect([_cell(0, 0.8, 0.02), _cell(1, 0.6, 0.04)], records)
     first = found[found["seed"] == 0]
     cost = first[first["stage"] == "cost"].set_index("metric")["value"].to_dict()
-    assert cost == {"seconds": 5.0, "peak_ram_mb": 300.0}
+    assert cost == {
+        "seconds": 5.0, "seconds_sift": 2.0, "seconds_expand": 3.0,
+        "peak_ram_mb": 300.0, "peak_ram_mb_sift": 100.0, "peak_ram_mb_expand": 300.0,
+    }  # fmt: skip
+    alone = found[(found["seed"] == 1) & (found["stage"] == "cost")]  # a single step is all there is to say
+    assert set(alone["metric"]) == {"seconds", "peak_ram_mb"}
     assert json.loads(first["versions"].iloc[0]) == {"torch": "2"}
     # The digest follows the settings of every step behind the cell and of no other.
     again = results.collect(

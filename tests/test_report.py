@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tcore import grid, registry, report, results
+from tcore import closeups, grid, registry, report, results
 from tcore.data.images import ImageSet, write_images
 from tcore.files import InputError, load_json, load_tensors, save_json, save_table, save_tensors
 
@@ -277,7 +277,7 @@ def test_failures_are_said_aloud(world):
 
 def test_gallery_shows_images_without_loss(world):
     notes = []
-    shown = report.gallery(world.data, [rows_of(world, "T1+T2").iloc[0][results.IDENTITY].to_dict()], notes)
+    shown = closeups.gallery(world.data, [rows_of(world, "T1+T2").iloc[0][results.IDENTITY].to_dict()], notes)
     assert [(t["attack"], t["target"]) for t in shown] == [
         ("badencoder", "sign <1> & co"),
         ("badnets", "sign 2"),
@@ -309,7 +309,7 @@ def test_gallery_shows_poisons_of_the_training_set(world, tmp_path):
     save_table(folder / "truth.parquet", flags)
     tensors, meta = load_tensors(folder / "trigger.safetensors")
     save_tensors(folder / "trigger.safetensors", tensors, **meta | {"goals": [-1, -1, -1, -1, 2, 2, -1, -1]})
-    shown = report.gallery(data, [cell], [])[1]
+    shown = closeups.gallery(data, [cell], [])[1]
     assert [image["name"] for image in shown["images"]][:2] == ["sign 4", "sign 5"] == shown["sources"]
     strip = shown["training"]
     assert [image["name"] for image in strip["images"]] == [
@@ -320,7 +320,7 @@ def test_gallery_shows_poisons_of_the_training_set(world, tmp_path):
 
 def test_inside_counts_what_was_left_out(world):
     own = rows_of(world, "T1+T2")
-    detail = report.inside(own, world.data, own.iloc[0][results.IDENTITY].to_dict(), [])
+    detail = closeups.inside(own, world.data, own.iloc[0][results.IDENTITY].to_dict(), [])
     truth = pd.read_parquet(world.data / "poisoned/any/signs-badnets/0/truth.parquet")
     left = world.rounds < 0
     assert detail["left"] == left.sum()
@@ -403,16 +403,30 @@ def test_a_table_of_the_paper_from_the_files_of_cells(world, tmp_path):
     lines = ["table,pretrain,downstream,encoder_attack,dataset_attack,defense,stage,metric,value"]
     lines += [f"9,scenes,signs,badencoder,badnets,{name},test,asr_dataset,7.5" for name in ("none", "tcore")]
     lines += ["9,scenes,signs,badencoder,sig,none,test,acc,50"]
+    lines += ["17,scenes,signs,badencoder,badnets,tcore,cost,seconds_sift,20"]
+    lines += ["17,scenes,signs,badencoder,badnets,tcore,cost,seconds,1000.5"]
     (tmp_path / "published.csv").write_text("\n".join(lines))
-    command(
-        "compare_tables", "--table", "9", "--published", tmp_path / "published.csv",
-        "--grid", json.dumps(world.axes()), "--data", world.data, "--markdown", tmp_path / "table.md",
-        "--csv", tmp_path / "table.csv", "--record", tmp_path / "table.run.json",
-    )  # fmt: skip
-    found = pd.read_csv(tmp_path / "table.csv").set_index("defense")
+
+    def table(number: int) -> pd.DataFrame:
+        command(
+            "compare_tables", "--table", number, "--published", tmp_path / "published.csv",
+            "--grid", json.dumps(world.axes()), "--data", world.data,
+            "--markdown", tmp_path / "table.md", "--latex", tmp_path / "table.tex",
+            "--csv", tmp_path / "table.csv", "--record", tmp_path / "table.run.json",
+        )  # fmt: skip
+        return pd.read_csv(tmp_path / "table.csv")
+
+    found = table(9).set_index("defense")
     own = rows_of(world, "T1+T2").query("metric == 'asr_dataset'").iloc[0]
     measured = found.loc["tcore", ["reproduced", "low", "high", "difference"]].tolist()
     expected = [100 * own["value"], 100 * own["low"], 100 * own["high"], 100 * own["value"] - 7.5]
     assert measured == pytest.approx(expected, rel=1e-5)
     assert "2 of 3 cells are there." in (tmp_path / "table.md").read_text()
     assert load_json(tmp_path / "table.run.json")["log"] == {"cells": 2, "there": 2}
+    # planted: sifting took 12 seconds, all stages 98.75
+    costs = table(17).set_index("metric")[["reproduced", "difference"]].to_dict("index")
+    assert costs == {
+        "seconds_sift": {"reproduced": 12, "difference": -8},
+        "seconds": {"reproduced": 98.75, "difference": pytest.approx(98.75 - 1000.5)},
+    }
+    assert "1 of 1 cells are there. Seconds" in (tmp_path / "table.md").read_text()

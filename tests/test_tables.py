@@ -1,5 +1,8 @@
 """The paper's tables: published numbers against means printed in the paper's text, comparisons by hand."""
 
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +60,8 @@ def test_what_two_tables_print_is_the_same():
 
 
 def test_every_published_number_has_its_cell_in_the_papers_grid():
-    cells = grid.cells(AXES)
+    overlays = [yaml.safe_load((ROOT / f"config/{name}.yaml").read_text()) for name in ("vit", "growth")]
+    cells = pd.concat([grid.cells(AXES | overlay) for overlay in ({}, *overlays)], ignore_index=True)
     wanted = REPORTED[tables.KEYS].drop_duplicates()
     assert len(wanted.merge(cells[cells["seed"] == 0])) == len(wanted)
     assert set(REPORTED["table"]) == set(tables.TITLES)
@@ -115,6 +119,59 @@ def test_the_page_says_what_is_there():
     assert widths == {9}
     empty = tables.markdown(9, tables.compare(9, REPORTED, cell(0, 0.80, 0.02)))
     assert "0 of 238 cells are there." in empty and "Means" not in empty
+
+
+def rows_of(page: str) -> list[list[str]]:
+    """The bodies of a page's LaTeX tables, cell by cell."""
+    bodies = re.findall(r"\\endfoot\n(.*?)\n\\end\{longtable\}", page, re.DOTALL)
+    assert bodies
+    lines = "\n".join(bodies).splitlines()
+    assert all(line.endswith(r" \\") for line in lines)
+    return [re.split(r"(?<!\\)&", line.removesuffix(r" \\")) for line in lines]
+
+
+def test_latex_says_what_markdown_says():
+    compared = tables.compare(10, REPORTED, cell(0, 0.80, 0.02))
+    found = [[text.strip() for text in row] for row in rows_of(tables.latex(10, compared))]
+    assert ["tcore", "ACC", "1", "87.31", "80.00", "$-$7.31"] in found
+    assert ["cifar10", "sig", "tcore", "ACC", "87.31", "80.00 (79.00 to 81.00, n = 1)", "$-$7.31"] in [
+        [text.replace("stl10\\_unlabeled", "x") for text in row if text != "stl10\\_unlabeled"]
+        for row in found
+    ]
+    page = tables.markdown(10, compared)
+    assert len(found) == sum(row.startswith("| ") for row in page.splitlines()) - 2 * 2  # titles and rules
+
+
+def test_latex_is_escaped():
+    compared = tables.compare(9, REPORTED, cell(0, 0.80, 0.02))
+    compared.loc[0, "defense"] = r"50% of {a_b} & #1 \\ $x^2~y"
+    page = tables.latex(9, compared)
+    assert (
+        r"50\% of \{a\_b\} \& \#1 \textbackslash{} \$x\textasciicircum{}2\textasciitilde{}y".replace(
+            r" \textbackslash{} ", r" \textbackslash{}\textbackslash{} "
+        )
+        in page
+    )
+    text = re.sub(r"^%.*", "", page)  # the line that names the packages
+    assert not re.search(r"(?<!\\)[%#_]", text) and not set(text) - set(map(chr, range(128)))
+    assert len({len(row) for row in rows_of(page)}) == 1  # an ampersand in a name divides no cell
+
+
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="no LaTeX on this machine")
+def test_latex_compiles(tmp_path):
+    for number in tables.TITLES:
+        (tmp_path / f"{number}.tex").write_text(
+            tables.latex(number, tables.compare(number, REPORTED, cell(0, 0.80, 0.02)))
+        )
+    inputs = "\n".join(rf"\input{{{number}}}" for number in tables.TITLES)
+    (tmp_path / "all.tex").write_text(
+        "\\documentclass{article}\\usepackage{booktabs,longtable}\\begin{document}\n"
+        + inputs
+        + "\n\\end{document}\n"
+    )
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-2000:]
 
 
 def test_a_damaged_file_of_published_numbers_is_refused(tmp_path):

@@ -48,7 +48,8 @@ def plan(folder: Path, *arguments: str) -> list[tuple[str, set[str]]]:
 
     Snakemake prints the command and, because every file is to be made, every input as a reason.
     """
-    blocks = snakemake(folder, "--dry-run", "--printshellcmds", *arguments).split("\nJob ")
+    text = snakemake(folder, "--dry-run", "--printshellcmds", *arguments)
+    blocks = re.sub(r"^Would remove .*", "", text, flags=re.MULTILINE).split("\nJob ")  # after any other job
     jobs = [block for block in blocks if "scripts/" in block]
     assert all("Missing output files" in job for job in jobs)
     return [
@@ -222,6 +223,25 @@ def test_a_table_of_the_paper_by_hand(sources, tmp_path):
             "make_report",
             "compare_tables",
         }
+
+
+def test_a_variant_of_tcore_shares_all_but_bootstrapping(sources, tmp_path):
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(
+        "{scenarios: [T2], defenses: [tcore, small],"
+        " variants: {small: {defense: tcore, settings: {rho: 0.6}}}}"
+    )
+    jobs = plan(sources, "--configfile", str(overlay))
+    found = counts(jobs)
+    assert found["sift"] == found["expand"] == found["filter_channels"] == 1
+    assert found["bootstrap"] == found["predict"] == found["evaluate"] == 2 and "defend" not in found
+    paths = [paths for script, paths in jobs if script == "bootstrap"]
+    for name, own in zip(
+        ("small", "tcore"), sorted(paths, key=lambda own: "small" not in str(own)), strict=True
+    ):
+        place = "data/defended/scenes-clean/signs-badnets/0"
+        assert {f"{place}/{name}/model.safetensors", f"{place}/tcore/subset.parquet"} <= own
+        assert all(ALLOWED.fullmatch(path) for path in own)
 
 
 def test_a_table_that_the_grid_has_no_cell_of_says_what_to_do(sources):

@@ -78,12 +78,30 @@ def chosen(received: Received, settings: Settings, seed: int) -> Tensor:
 
 
 def score(received: Received, settings: Settings, seed: int) -> Tensor:
+    return _scores(
+        torch.arange(len(received.labels), device=received.labels.device), received, settings, seed
+    )
+
+
+def _scores(which: Tensor, received: Received, settings: Settings, seed: int) -> Tensor:
+    """-H of samples of the training set, which may be overlays themselves."""
     rows = chosen(received, settings, seed)
     own = torch.full_like(received.labels, -1)
     own[rows] = torch.arange(len(rows), device=own.device)
-    return -mean_entropy(received.model.eval(), received.images, received.images[rows], own, settings)
+    model, images = received.model.eval(), received.images
+    return -mean_entropy(model, images[which], images[rows], own[which], settings)
+
+
+def threshold(score: Tensor, settings: Settings) -> Tensor:
+    """The entropy below which a sample is flagged, from the scores of clean ones."""
+    entropies = (-score).sort().values
+    return entropies[min(int(settings.fpr * len(entropies)), len(entropies) - 1)]
 
 
 def flag(score: Tensor, received: Received, settings: Settings) -> Tensor:
-    entropies = (-score[received.clean]).sort().values
-    return -score < entropies[min(int(settings.fpr * len(entropies)), len(entropies) - 1)]
+    return -score < threshold(score[received.clean], settings)
+
+
+def flag_inputs(score: Tensor, received: Received, settings: Settings, seed: int) -> Tensor:
+    clean = _scores(received.clean.nonzero().flatten(), received, settings, seed)
+    return -score < threshold(clean, settings)
