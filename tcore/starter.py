@@ -25,10 +25,15 @@ LOADED = (
 
 
 def start():
-    """Starts a server that ends with this process and that its later children know; keep what is returned."""
+    """Starts a server that ends with this process and that its later children know; keep what is returned.
+
+    Linux only; elsewhere steps are plain Python.
+    """
     import secrets
     import subprocess
 
+    if sys.platform != "linux":
+        return None
     name = f"tcore-{secrets.token_hex(16)}"
     one_thread = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS")}
     server = subprocess.Popen(
