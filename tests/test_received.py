@@ -15,9 +15,9 @@ import yaml
 from PIL import Image
 
 from tcore import __main__ as command
-from tcore import audit, grid, provenance, received, registry
+from tcore import audit, grid, memory, provenance, received, registry
 from tcore.config import require_files, validate
-from tcore.data.images import ImageSet
+from tcore.data.images import ImageSet, read_images, write_images
 from tcore.data.sources import imagefolder, parquet
 from tcore.files import InputError
 from tcore.models import head as heads
@@ -63,6 +63,9 @@ def test_other_pairs_stay_as_they_are():
     [
         ("encoders", "theirs", "encoders should map"),
         ("encoders.theirs.architecture", "resnet81", "architecture.*did you mean 'resnet18'"),
+        ("encoders.theirs.architecture", "torchvision:", "<library or module>:<name>"),
+        ("encoders.theirs.architecture", "my.nets:Net", "whose code would run.*run_code to true"),
+        ("encoders.theirs.run_code", "yes", "run_code = 'yes' should be true or false"),
         ("encoders.theirs.mean", 0.5, "mean = 0.5 should be three numbers"),
         ("encoders.theirs.mean", [127, 127, 127], "mean.*from 0 to 1"),
         ("encoders.theirs.std", [0.2, 0, 0.2], "std.*none of them 0"),
@@ -72,7 +75,7 @@ def test_other_pairs_stay_as_they_are():
         ("encoders.signs", {}, "encoders.signs: a name"),
         ("pairs.0.pretrain", "their", "did you mean 'theirs'"),
         ("pairs.0.encoder_attacks", ["badencoder"], "used as it is"),
-        ("datasets.mine.settings.image_size", 224, "takes 32 pixels; set .*image_size to 32, not 224"),
+        ("datasets.mine.settings.image_size", 224, "takes 48 pixels; set .*image_size to 48, not 224"),
     ],
 )
 def test_what_is_refused(path, value, message):
@@ -388,7 +391,8 @@ def test_secure_writes_the_configuration_that_its_flags_say(monkeypatch, tmp_pat
     with pytest.raises(InputError, match="it stopped"):
         run_command(monkeypatch, flags, tmp_path / "set of images")
     path = tmp_path / "data/own/my_set.yaml"
-    assert called[0][1:3] == ["-m", "snakemake"] and called[0][-1] == str(path)
+    assert called[0][1:3] == ["-m", "snakemake"] and str(path) in called[0]
+    assert called[0][-2:] == ["--until", "check_received"] and len(called) == 1
     demo = yaml.safe_load((ROOT / "config/config.yaml").read_text())
     config = validate(demo | yaml.safe_load(path.read_text()))
     require_files(config)
@@ -491,3 +495,76 @@ def test_images_have_the_names_of_their_files(tmp_path):
     train = imagefolder.load(settings, {})["train"]
     for name, pixels in zip(imagefolder.names(settings, train.index), train.pixels, strict=True):
         assert np.asarray(Image.open(name))[0, 0] == pixels[0, 0, 0]
+
+
+# Memory
+
+
+def test_what_does_not_fit_into_memory_is_said_before_it_is_asked_for(tmp_path, monkeypatch):
+    saved(tmp_path, cat__1=grey(1), cat__2=grey(3), dog__1=grey(2), dog__2=grey(4))
+    settings = imagefolder.Settings(path=str(tmp_path), image_size=64, test_share=0.5)
+    needed = 2 * 64 * 64 * 3
+    monkeypatch.setattr(memory, "free", lambda: needed - 1)
+    with pytest.raises(InputError, match=r"2 images of 64x64 pixels needs .* smaller image_size"):
+        imagefolder.load(settings, {})
+    monkeypatch.setattr(memory, "free", lambda: needed)
+    train = imagefolder.load(settings, {})["train"]
+    write_images(tmp_path / "train.parquet", train)
+    assert (read_images(tmp_path / "train.parquet").pixels == train.pixels).all()
+    monkeypatch.setattr(memory, "free", lambda: 0)
+    with pytest.raises(InputError, match=r"train\.parquet needs .* take fewer or smaller images"):
+        read_images(tmp_path / "train.parquet")
+    monkeypatch.setattr(memory, "free", lambda: None)  # where the system does not say
+    read_images(tmp_path / "train.parquet")
+
+
+def test_free_memory_is_the_lesser_of_machine_and_container(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "GROUP", tmp_path / "none")
+    machine = memory.free()
+    assert machine is None or machine > 0
+    monkeypatch.setattr(memory, "GROUP", tmp_path)
+    for name, text in {"current": "700", "max": "1000", "stat": "anon 500\ninactive_file 200\n"}.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert memory.free() == 500  # 1000 less 700, of which 200 are cache that goes on demand
+    (tmp_path / "memory.max").write_text("max")
+    assert memory.free() is machine is None or memory.free() > 500
+
+
+OWN = """
+from torch import nn
+Plain = lambda: nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU())
+Dense = lambda: nn.Sequential(nn.Conv2d(3, 5, 3), nn.PixelUnshuffle(2), nn.BatchNorm2d(20))
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    (tmp_path / "nets_of_mine.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("TCORE_RUN_CODE", "nets_of_mine:Plain nets_of_mine:Dense")
+    yield Encoder
+    sys.modules.pop("nets_of_mine", None)
+
+
+def test_memory_of_a_step_by_hand(own):
+    """The convolution keeps its input, batch norm its input, relu its output: (5, 6, 6) of (3, 8, 8)."""
+    encoder = own("nets_of_mine:Plain", 8).eval()
+    assert received.saved_bytes(encoder, 10) == 10 * 4 * (3 * 64 + 2 * 5 * 36)
+    few, many = images_of(3, 3), images_of(3, 3000)
+    assert received.memory_needed(encoder, few, 10) == 2 * few.pixels.nbytes + 1.5 * received.saved_bytes(
+        encoder, 10
+    )
+    assert received.memory_needed(encoder, many, 10) == 2 * many.pixels.nbytes + 12 * 3000**2
+
+
+def test_too_little_memory_and_a_network_that_does_not_do_are_said(own, monkeypatch):
+    stages = (sift.Settings(), expand.Settings(), filter_channels.Settings(), bootstrap.Settings())
+    images = images_of(100, 120)
+    assert received.check(own("nets_of_mine:Plain", 8), images, *stages)["memory_mb"] >= 0
+    with pytest.raises(
+        InputError, match=r"nets_of_mine:Dense: .*stages do not work .* followed by the batch"
+    ):
+        received.check(own("nets_of_mine:Dense", 8), images, *stages)
+    monkeypatch.setattr(memory, "free", lambda: 1000)
+    with pytest.raises(InputError, match=r"toy: T-Core on 220 images of 8 pixels, 128 a step, needs"):
+        received.check(own("nets_of_mine:Plain", 8), images, *stages)
