@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import yaml
@@ -89,8 +90,18 @@ def secure(args: argparse.Namespace) -> None:
 
 
 def workflow(command: list[str]) -> None:
-    if subprocess.run(command, cwd=ROOT).returncode:
-        raise InputError("it stopped, the reason stands above; mend it and run the same command again")
+    """Runs Snakemake; where a step stopped with a message of ours, that is the last thing said."""
+    start = time.time()
+    try:
+        if not subprocess.run(command, cwd=ROOT).returncode:
+            return
+    except KeyboardInterrupt:
+        raise InputError("interrupted; the same command goes on where it stopped") from None
+    logs = [path for path in (ROOT / "data" / "logs").rglob("*.log") if path.stat().st_mtime >= start]
+    for path in sorted(logs, key=lambda path: path.stat().st_mtime, reverse=True):
+        if found := [line for line in path.read_text().splitlines() if line.startswith("error: ")]:
+            raise InputError(f"{found[-1].removeprefix('error: ')} ({path.relative_to(ROOT)})")
+    raise InputError("it stopped, the reason stands above; mend it and run the same command again")
 
 
 def say_what_it_takes(checked: dict) -> None:

@@ -45,6 +45,8 @@ def check_classes(images: ImageSet, settings: sift.Settings) -> dict[str, int]:
     seed, and DBSCAN one core point.
     """
     counts = np.bincount(images.labels, minlength=images.num_classes)
+    if not 0 < settings.seed_share < 1:
+        raise InputError(f"sift.seed_share = {settings.seed_share} should be between 0 and 1")
     least = max(math.ceil(1 / settings.seed_share - 1e-9), settings.min_samples)
     small = np.flatnonzero(counts < least)
     if len(small):

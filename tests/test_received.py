@@ -19,6 +19,7 @@ from tcore import audit, grid, memory, provenance, received, registry
 from tcore.config import require_files, validate
 from tcore.data.images import ImageSet, read_images, write_images
 from tcore.data.sources import imagefolder, parquet
+from tcore.data.sources._reading import decode
 from tcore.files import InputError
 from tcore.models import head as heads
 from tcore.models.classifier import Classifier, save_classifier
@@ -196,6 +197,9 @@ def test_every_class_needs_a_seed_and_a_core_point():
         received.check_classes(images_of(1, 30), settings)
     with pytest.raises(InputError, match=r"'class 1' has 0"):
         received.check_classes(images_of(30, 0, 30), settings)
+    for share in (0, -1, 1, 20):
+        with pytest.raises(InputError, match=r"seed_share = .* between 0 and 1"):
+            received.check_classes(images_of(30, 30), sift.Settings(seed_share=share))
     with pytest.raises(InputError, match=r"and so on, 1000 classes in all"):
         received.check_classes(images_of(*[2] * 1000), settings)
 
@@ -393,6 +397,24 @@ def test_secure_writes_the_configuration_that_its_flags_say(monkeypatch, tmp_pat
     path = tmp_path / "data/own/my_set.yaml"
     assert called[0][1:3] == ["-m", "snakemake"] and str(path) in called[0]
     assert called[0][-2:] == ["--until", "check_received"] and len(called) == 1
+    log = tmp_path / "data/logs/sift/a.log"
+    log.parent.mkdir(parents=True)
+    said = "reading\nerror: a class is small; add images\n"
+
+    def stops(command, cwd):
+        log.write_text(said)
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(command.subprocess, "run", stops)
+    with pytest.raises(InputError, match=r"^a class is small; add images \(data/logs/sift/a.log\)$"):
+        run_command(monkeypatch, flags, tmp_path / "set of images")
+
+    def interrupts(command, cwd):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command.subprocess, "run", interrupts)
+    with pytest.raises(InputError, match="interrupted; the same command goes on"):
+        run_command(monkeypatch, flags, tmp_path / "set of images")
     demo = yaml.safe_load((ROOT / "config/config.yaml").read_text())
     config = validate(demo | yaml.safe_load(path.read_text()))
     require_files(config)
@@ -470,6 +492,27 @@ def test_an_empty_folder_and_a_class_of_one_image(tmp_path):
     ]
     with pytest.raises(InputError, match="'cat' has 1"):
         received.check_classes(train, sift.Settings())
+
+
+def test_folders_that_are_no_classes_and_classes_that_only_the_test_has(tmp_path):
+    saved(tmp_path, train__cat__1=grey(1), train__dog__1=grey(2), test__cat__1=grey(3), test__dog__1=grey(4))
+    (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
+    settings = imagefolder.Settings(path=str(tmp_path), image_size=8)
+    assert imagefolder.load(settings, {})["test"].class_names == ("cat", "dog")
+    saved(tmp_path, test__emu__1=grey(5))
+    with pytest.raises(InputError, match=r"test has classes that .*train has not: emu; name the same"):
+        imagefolder.load(settings, {})
+
+
+def test_photographs_are_turned_as_their_camera_says(tmp_path):
+    """Orientation 6: the first row is the right-hand side."""
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    pixels[:4] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    found = np.asarray(decode(tmp_path / "a.png", "a"))
+    assert (found[:, 4:] == 255).all() and (found[:, :4] == 0).all()
 
 
 def test_a_table_of_paths(tmp_path):

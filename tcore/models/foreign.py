@@ -89,6 +89,8 @@ def import_encoder(
         load_state(encoder.network, read_named(path, encoder.network), path)
     else:
         load_state(encoder, read_checkpoint(path), path)
+    if bad := [name for name, tensor in encoder.state_dict().items() if not tensor.isfinite().all()]:
+        raise InputError(f"{path}: not all numbers in {', '.join(bad[:4])} are finite; its training diverged")
     return encoder.eval()
 
 

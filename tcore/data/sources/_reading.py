@@ -25,7 +25,7 @@ def decode(content: bytes | Path, where: str) -> Image.Image:
         with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
             if image.mode.startswith("I;16"):  # Pillow would cut it off at 255
                 return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
-            return image.convert("RGB")
+            return ImageOps.exif_transpose(image).convert("RGB")  # photographs may be stored lying down
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{where}: not a readable image ({error}); mend or remove it") from error
 

@@ -32,7 +32,7 @@ class Settings:
 
 def _classes(settings: Settings, folder: Path) -> tuple[str, ...]:
     if settings.classes is None:
-        names = sorted(item.name for item in folder.iterdir() if item.is_dir())
+        names = sorted(item.name for item in folder.iterdir() if item.is_dir() and item.name[0] != ".")
         if len(names) < 2:
             raise InputError(f"imagefolder: {folder} should hold one folder per class, it has {len(names)}")
         return tuple(names)
@@ -84,6 +84,12 @@ def load(settings: Settings, archives: dict) -> dict[str, ImageSet]:
     names = _classes(settings, folder)
     for split in ("test", "val"):
         if own and (root / split).is_dir():
+            others = [] if settings.classes else sorted(set(_classes(settings, root / split)) - set(names))
+            if others:
+                raise InputError(
+                    f"imagefolder: {root / split} has classes that {folder} has not: "
+                    f"{', '.join(others[:5])}; name the same classes in both"
+                )
             train = _read(folder, names, size, origin, None)
             return {"train": train, "test": _read(root / split, names, size, f"{root.name}, {split}", None)}
     held_out = hold_out(np.array(_files(folder, names)[1]), settings.test_share, settings.seed, settings.path)
