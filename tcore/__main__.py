@@ -3,6 +3,7 @@
 """
 
 import argparse
+import copy
 import json
 import os
 import subprocess
@@ -14,10 +15,11 @@ import yaml
 
 from tcore import registry
 from tcore.cli import run
+from tcore.config import require_files, validate
 from tcore.files import InputError, atomic
 
 ROOT = Path(__file__).resolve().parents[1]
-OWN = ROOT / "config" / "own.yaml"
+DEMO, OWN = (ROOT / "config" / name for name in ("config.yaml", "own.yaml"))
 BLOCK = 512  # images decoded at a time
 KNOWN = {"efficientnet_lite0": {"image_size": 224, "mean": [127 / 255] * 3, "std": [128 / 255] * 3}}
 
@@ -68,7 +70,12 @@ def own_config(args: argparse.Namespace) -> dict:
 
 
 def secure(args: argparse.Namespace) -> None:
+    from snakemake.utils import update_config
+
     config = own_config(args)
+    whole = yaml.safe_load(DEMO.read_text())
+    update_config(whole, copy.deepcopy(config))
+    require_files(validate(whole))
     path = ROOT / "data" / "own" / f"{args.name}.yaml"
     with atomic(path) as temporary:
         temporary.write_text(f"# Written by `python -m tcore secure`.\n{yaml.safe_dump(config)}")
@@ -108,7 +115,7 @@ def say_what_it_takes(checked: dict) -> None:
     """The estimate, before the long part."""
     print(
         f"{checked['images']:,} training images of {checked['classes']:,} classes, {checked['smallest']:,} "
-        f"to {checked['largest']:,} each, {checked['duplicates']:,} of them repeated. T-Core will take about "
+        f"to {checked['largest']:,} each, {checked['duplicates']:,} of them repeated. T-Core will take up to "
         f"{max(1, round(checked['seconds'] / 60)):,} minutes and {checked['memory_mb'] / 1024:.1f} GiB here.",
         flush=True,
     )

@@ -1,7 +1,9 @@
 """What comes from outside: its configuration, its plan, what is refused and what is said about it."""
 
 import copy
+import io
 import re
+import runpy
 import subprocess
 import sys
 import zlib
@@ -422,6 +424,10 @@ def test_secure_writes_the_configuration_that_its_flags_say(monkeypatch, tmp_pat
     assert config["datasets"]["my_set"]["settings"]["path"] == str(tmp_path / "set of images")
     assert config["methods"]["sift"]["seed_share"] == 0.05 and config["seeds"] == [3]
     assert set(grid.cells(config)["scenario"]) == {"received"}
+    with pytest.raises(InputError, match=r"datasets.My: a name consists of"):
+        run_command(monkeypatch, flags.replace("my_set", "My"), tmp_path / "set of images")
+    with pytest.raises(InputError, match=r"nets:Net' is a network of your own"):
+        run_command(monkeypatch, flags.replace("resnet18", "nets:Net"), tmp_path / "set of images")
     with pytest.raises(InputError, match=r"--images .*gone: no such folder"):
         run_command(monkeypatch, flags, tmp_path / "gone")
 
@@ -529,6 +535,24 @@ def test_a_table_of_paths(tmp_path):
     (tmp_path / "in here" / "2.png").unlink()
     with pytest.raises(InputError, match=r"2\.png \(.*row 1 of column 'file'\): not a readable"):
         parquet.load(settings, {})
+
+
+def test_unpacked_images_are_read_back_as_they_were(tmp_path, monkeypatch):
+    content = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)).save(content, "PNG")
+    rows = {
+        "image": [content.getvalue()] * 4,
+        "label": ["a/b", "c d"] * 2,
+        "split": ["train"] * 2 + ["test"] * 2,
+    }
+    pd.DataFrame(rows).to_parquet(tmp_path / "t.parquet")
+    flags = ["unpack_images.py", "--parquet", str(tmp_path / "t.parquet"), "--folder", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", flags)
+    runpy.run_path(str(ROOT / "scripts/unpack_images.py"), run_name="__main__")
+    splits = imagefolder.load(imagefolder.Settings(path=str(tmp_path / "out"), image_size=8), {})
+    expected = np.asarray(Image.open(content))
+    for split in splits.values():
+        assert split.class_names == ("a_b", "c d") and (split.pixels == expected).all() and len(split) == 2
 
 
 def test_images_have_the_names_of_their_files(tmp_path):
