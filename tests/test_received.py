@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +79,7 @@ def test_other_pairs_stay_as_they_are():
         ("encoders.signs", {}, "encoders.signs: a name"),
         ("pairs.0.pretrain", "their", "did you mean 'theirs'"),
         ("pairs.0.encoder_attacks", ["badencoder"], "used as it is"),
-        ("datasets.mine.settings.image_size", 224, "takes 48 pixels; set .*image_size to 48, not 224"),
+        ("datasets.mine.settings.image_size", 224, "takes 32 pixels; set .*image_size to 32, not 224"),
     ],
 )
 def test_what_is_refused(path, value, message):
@@ -260,6 +261,10 @@ def test_the_check_as_a_whole():
     found = received.check(Encoder("resnet_tiny", 8), images_of(100, 120), *stages)
     assert found["images"] == 220 and found["classes"] == 2 and found["seeds_of_smallest"] == 1
     assert found["seconds"] > 0 and found["duplicates"] == found["contradictions"] == 0
+    for position, change in ((1, {"subset_share": 1.0}), (2, {"untrusted_share": -0.1}), (3, {"rho": 90})):
+        wrong = [replace(s, **change) if i == position else s for i, s in enumerate(stages)]
+        with pytest.raises(InputError, match=rf"{next(iter(change))} = .* between 0 and 1"):
+            received.check(Encoder("resnet_tiny", 8), images_of(100, 120), *wrong)
     with pytest.raises(InputError, match="takes 16x16 images, these are 8x8; set image_size"):
         received.check(Encoder("resnet_tiny", 16), images_of(100, 120), *stages)
 
@@ -393,7 +398,7 @@ def test_secure_writes_the_configuration_that_its_flags_say(monkeypatch, tmp_pat
     flags = (
         f"secure --encoder {tmp_path}/e.pth --architecture resnet18 --image-size 64 --name my_set --seed 3"
     )
-    flags += " --mean 0.1 0.2 0.3 --std 0.4 0.5 0.6 --seed-share 0.05"
+    flags += " --mean 0.1 0.2 0.3 --std 0.4 0.5 0.6 --seed-share 0.05 --untrusted-share 0.4"
     with pytest.raises(InputError, match="it stopped"):
         run_command(monkeypatch, flags, tmp_path / "set of images")
     path = tmp_path / "data/own/my_set.yaml"
@@ -423,6 +428,7 @@ def test_secure_writes_the_configuration_that_its_flags_say(monkeypatch, tmp_pat
     assert config["encoders"]["my_set_encoder"]["std"] == [0.4, 0.5, 0.6]
     assert config["datasets"]["my_set"]["settings"]["path"] == str(tmp_path / "set of images")
     assert config["methods"]["sift"]["seed_share"] == 0.05 and config["seeds"] == [3]
+    assert config["methods"]["filter_channels"]["untrusted_share"] == 0.4
     assert set(grid.cells(config)["scenario"]) == {"received"}
     with pytest.raises(InputError, match=r"datasets.My: a name consists of"):
         run_command(monkeypatch, flags.replace("my_set", "My"), tmp_path / "set of images")
