@@ -23,11 +23,12 @@ pathvars:
     logs="data/logs",
 
 
-# Steps run with this Python and with the library beside this file, whatever else is installed.
+# Steps run with this Python and first of all with the library beside this file, whatever else is installed.
 sys.path.insert(0, str(workflow.basedir))
 shell.prefix(
     "set -euo pipefail; "
-    f"export PATH={quote(str(Path(sys.executable).parent))}:$PATH PYTHONPATH={quote(str(workflow.basedir))}; "
+    f"export PATH={quote(str(Path(sys.executable).parent))}:$PATH"
+    f" PYTHONPATH={quote(str(workflow.basedir))}${{{{PYTHONPATH:+:$PYTHONPATH}}}}; "
 )
 
 

@@ -118,7 +118,7 @@ def say_what_it_takes(checked: dict) -> None:
     print(
         f"{checked['images']:,} training images of {checked['classes']:,} classes, {checked['smallest']:,} "
         f"to {checked['largest']:,} each, {checked['duplicates']:,} of them repeated. T-Core will take up to "
-        f"{max(1, round(checked['seconds'] / 60)):,} minutes and {checked['memory_mb'] / 1024:.1f} GiB here.",
+        f"{max(1, round(checked['seconds'] / 60)):,} minutes and {checked['memory_mb']:,} MiB here.",
         flush=True,
     )
 
