@@ -27,12 +27,13 @@ pathvars:
     logs="data/logs",
 
 
-# Steps run with this Python and with the library beside this file, whatever else is installed.
+# Steps run with this Python and first of all with the library beside this file, whatever else is installed.
 sys.path.insert(0, str(workflow.basedir))
 STARTER = quote(str(Path(workflow.basedir, "tcore/starter.py")))
 shell.prefix(
     "set -euo pipefail; "
-    f"export PATH={quote(str(Path(sys.executable).parent))}:$PATH PYTHONPATH={quote(str(workflow.basedir))}; "
+    f"export PATH={quote(str(Path(sys.executable).parent))}:$PATH"
+    f" PYTHONPATH={quote(str(workflow.basedir))}${{{{PYTHONPATH:+:$PYTHONPATH}}}}; "
     f'python() {{{{ command python -I -S {STARTER} "$@"; }}}}; '
 )
 

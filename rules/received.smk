@@ -1,5 +1,11 @@
 # What comes from outside: an encoder in somebody's file, labelled images. Nobody knows whether anything is
 # poisoned, so there is no truth to measure against: the user gets a clean model and an audit.
+import os
+
+# Networks of the user's own that may run code, for all jobs: see tcore/models/elsewhere.py.
+os.environ["TCORE_RUN_CODE"] = " ".join(
+    entry["architecture"] for entry in experiment["encoders"].values() if entry.get("run_code")
+)
 
 
 rule import_encoder:

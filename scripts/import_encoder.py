@@ -13,7 +13,11 @@ from tcore.run import record
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", required=True, help=".safetensors, or torch's .pt, .pth or .tar")
-    parser.add_argument("--architecture", required=True, help=f"one of {', '.join(ARCHITECTURES)}")
+    parser.add_argument(
+        "--architecture",
+        required=True,
+        help=f"{', '.join(ARCHITECTURES)}, torchvision:<name>, timm:<name> or <your module>:<name>",
+    )
     parser.add_argument("--image-size", type=int, required=True, help="height and width in pixels")
     for name in ("mean", "std"):
         help = f"{name} it was trained with, of pixels in [0, 1]"

@@ -3,19 +3,46 @@
 """
 
 import argparse
+import copy
+import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import yaml
 
 from tcore import registry
 from tcore.cli import run
+from tcore.config import require_files, validate
 from tcore.files import InputError, atomic
 
 ROOT = Path(__file__).resolve().parents[1]
-OWN = ROOT / "config" / "own.yaml"
+DEMO, OWN = (ROOT / "config" / name for name in ("config.yaml", "own.yaml"))
 BLOCK = 512  # images decoded at a time
+KNOWN = {"efficientnet_lite0": {"image_size": 224, "mean": [127 / 255] * 3, "std": [128 / 255] * 3}}
+
+
+def pixels(args: argparse.Namespace) -> dict:
+    """What the encoder was trained on: the flags, or else what is known of the library's own weights."""
+    given = {name: getattr(args, name) for name in ("image_size", "mean", "std")}
+    missing = [name for name, value in given.items() if value is None]
+    if not missing:
+        return given
+    found = KNOWN.get(args.architecture, {})
+    if args.architecture.startswith(("torchvision:", "timm:")):
+        from tcore.models import elsewhere
+
+        found = elsewhere.known(args.architecture)
+    given |= {name: found.get(name) for name in missing}
+    if unknown := [f"--{name.replace('_', '-')}" for name in missing if given[name] is None]:
+        raise InputError(f"{' '.join(unknown)}: not known for {args.architecture}; whoever trained it knows")
+    print(
+        f"As for the weights that come with {args.architecture}:",
+        ", ".join(f"{name} {given[name]}" for name in missing),
+    )
+    return given
 
 
 def own_config(args: argparse.Namespace) -> dict:
@@ -29,44 +56,71 @@ def own_config(args: argparse.Namespace) -> dict:
     config["seeds"] = [args.seed]
     encoder = f"{args.name}_encoder"
     config["pairs"] = [{"pretrain": encoder, "downstream": args.name}]
-    config["encoders"] = {
-        encoder: {
-            "file": str(args.encoder.resolve()),
-            "architecture": args.architecture,
-            "image_size": args.image_size,
-            "mean": args.mean,
-            "std": args.std,
-        }
-    }
-    settings = {"path": str(images), "image_size": args.image_size, "test_share": args.test_share}
+    entry = {"file": str(args.encoder.resolve()), "architecture": args.architecture} | pixels(args)
+    config["encoders"] = {encoder: entry | ({"run_code": True} if args.run_code else {})}
+    settings = {"path": str(images), "image_size": entry["image_size"], "test_share": args.test_share}
     if images.is_file():
         columns = ("image_column", "label_column", "split_column")
         settings |= {name: getattr(args, name) for name in columns}
     source = "imagefolder" if images.is_dir() else "parquet"
     config["datasets"] = {args.name: {"source": source, "settings": settings}}
-    if args.seed_share:
+    if args.seed_share is not None:
         config["methods"]["sift"]["seed_share"] = args.seed_share
+    if args.untrusted_share is not None:
+        config["methods"]["filter_channels"]["untrusted_share"] = args.untrusted_share
     return config
 
 
 def secure(args: argparse.Namespace) -> None:
+    from snakemake.utils import update_config
+
     config = own_config(args)
+    whole = yaml.safe_load(DEMO.read_text())
+    update_config(whole, copy.deepcopy(config))
+    require_files(validate(whole))
     path = ROOT / "data" / "own" / f"{args.name}.yaml"
     with atomic(path) as temporary:
         temporary.write_text(f"# Written by `python -m tcore secure`.\n{yaml.safe_dump(config)}")
     command = [sys.executable, "-m", "snakemake", "--cores", "all", "--quiet", "reason", "host"]
-    command += ["--configfile", str(path), *(["--dry-run"] if args.dry_run else [])]
-    status = subprocess.run(command, cwd=ROOT).returncode
-    if status:
-        raise InputError("it stopped, the reason stands above; mend it and run the same command again")
-    if not args.dry_run:
+    command += ["--configfile", str(path)]
+    if args.dry_run:
+        workflow([*command, "--dry-run"])
+    else:
         cell = f"{args.name}_encoder-received/{args.name}-received/{args.seed}"
         results, defended = (ROOT / "data" / family / cell for family in ("results", "defended"))
+        workflow([*command, "--until", "check_received"])
+        say_what_it_takes(json.loads((defended / "check_received.run.json").read_text())["log"])
+        workflow(command)
         print(f"The audit            {results / 'audit.html'}")
         print(f"Images by distrust   {results / 'distrust.csv'}")
         print(f"The clean model      {defended / 'tcore' / 'model.safetensors'}")
         print(f"... as TorchScript   {results / 'model.pt'}")
         print(f"Without T-Core       {defended / 'none' / 'model.safetensors'}")
+
+
+def workflow(command: list[str]) -> None:
+    """Runs Snakemake; where a step stopped with a message of ours, that is the last thing said."""
+    start = time.time()
+    try:
+        if not subprocess.run(command, cwd=ROOT).returncode:
+            return
+    except KeyboardInterrupt:
+        raise InputError("interrupted; the same command goes on where it stopped") from None
+    logs = [path for path in (ROOT / "data" / "logs").rglob("*.log") if path.stat().st_mtime >= start]
+    for path in sorted(logs, key=lambda path: path.stat().st_mtime, reverse=True):
+        if found := [line for line in path.read_text().splitlines() if line.startswith("error: ")]:
+            raise InputError(f"{found[-1].removeprefix('error: ')} ({path.relative_to(ROOT)})")
+    raise InputError("it stopped, the reason stands above; mend it and run the same command again")
+
+
+def say_what_it_takes(checked: dict) -> None:
+    """The estimate, before the long part."""
+    print(
+        f"{checked['images']:,} training images of {checked['classes']:,} classes, {checked['smallest']:,} "
+        f"to {checked['largest']:,} each, {checked['duplicates']:,} of them repeated. T-Core will take up to "
+        f"{max(1, round(checked['seconds'] / 60)):,} minutes and {checked['memory_mb']:,} MiB here.",
+        flush=True,
+    )
 
 
 def predict(args: argparse.Namespace) -> None:
@@ -85,8 +139,11 @@ def predict(args: argparse.Namespace) -> None:
     paths = sorted(path for path in args.images.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not paths:
         raise InputError(f"--images {args.images}: no images in it ({', '.join(sorted(SUFFIXES))})")
+    meta = load_tensors(args.model)[1]
+    if args.run_code:
+        os.environ["TCORE_RUN_CODE"] = meta.get("encoder", {}).get("architecture", "")
     model = load_classifier(args.model).to(devices.pick())
-    names = load_tensors(args.model)[1]["class_names"]
+    names = meta["class_names"]
     size = model.encoder.image_size
     tables = []
     for start in tqdm(range(0, len(paths), BLOCK), desc="predict", unit="block"):
@@ -118,19 +175,26 @@ def parser() -> argparse.ArgumentParser:
     one = commands.add_parser("secure", help="a clean model and an audit")
     one.set_defaults(run=secure)
     one.add_argument("--encoder", type=Path, required=True, help="a state_dict: .pt, .pth or .safetensors")
-    one.add_argument("--architecture", required=True, choices=registry.architectures())
+    one.add_argument(
+        "--architecture",
+        required=True,
+        help=", ".join(registry.architectures())
+        + ", torchvision:<name>, timm:<name> or <your module>:<name>",
+    )
     one.add_argument("--images", type=Path, required=True, help="folder per class, or a .csv or Parquet file")
-    one.add_argument("--image-size", type=int, required=True, help="what the encoder takes, in pixels")
+    one.add_argument("--image-size", type=int, help="what the encoder takes, in pixels")
     for name in ("mean", "std"):
         meaning = f"{name} it was trained with, of pixels in [0, 1]"
-        one.add_argument(
-            f"--{name}", type=float, nargs=3, metavar=("R", "G", "B"), required=True, help=meaning
-        )
+        one.add_argument(f"--{name}", type=float, nargs=3, metavar=("R", "G", "B"), help=meaning)
+    one.add_argument("--run-code", action="store_true", help="I trust <your module>; its code may run")
     one.add_argument("--test-share", type=float, default=0.2, help="held out where no split is given")
     one.add_argument("--image-column", default="image", help="of a table: images or paths")
     one.add_argument("--label-column", default="label", help="of a table")
     one.add_argument("--split-column", help="of a table, if it has one: train, test or val")
     one.add_argument("--seed-share", type=float, help="of each class trusted first; default as in own.yaml")
+    one.add_argument(
+        "--untrusted-share", type=float, help="of each layer's channels; narrow networks need more than 0.1"
+    )
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--name", default="mine", help="of a-z, 0-9 and _: what it is called below data/")
     one.add_argument("--dry-run", action="store_true", help="say what would be done")
@@ -139,6 +203,7 @@ def parser() -> argparse.ArgumentParser:
     two.add_argument("--model", type=Path, required=True, help="model.safetensors")
     two.add_argument("--images", type=Path, required=True, help="folder; subfolders are read too")
     two.add_argument("--output", type=Path, required=True, help="out: CSV")
+    two.add_argument("--run-code", action="store_true", help="I trust <your module>, as in secure")
     return top
 
 

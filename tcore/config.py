@@ -106,10 +106,10 @@ def _encoders(given: dict, sets: dict) -> dict:
         where = f"encoders.{name}"
         if not re.fullmatch("[a-z0-9_]+", str(name)) or name in sets:
             raise InputError(f"config: {where}: a name of a-z, 0-9 and _ that no data set has, please")
-        _mapping(where, entry, OF_ENCODER)
+        _mapping(where, entry, OF_ENCODER, optional=("run_code",))
         if not isinstance(entry["file"], str):
             raise InputError(f"config: {where}.file = {entry['file']!r} should be a path")
-        _known(f"{where}.architecture", entry["architecture"], registry.architectures())
+        _architecture(where, entry["architecture"], entry.get("run_code", False))
         if type(entry["image_size"]) is not int or entry["image_size"] < 1:
             raise InputError(
                 f"config: {where}.image_size = {entry['image_size']!r}: height and width in pixels"
@@ -123,6 +123,24 @@ def _encoders(given: dict, sets: dict) -> dict:
                     f"green and blue of pixels in [0, 1]{', none of them 0' if key == 'std' else ''}"
                 )
     return given
+
+
+def _architecture(where: str, name: str, run_code: bool) -> None:
+    """A network of this project, of a library, or of the user's own, which runs only where that is said."""
+    if run_code not in (True, False):
+        raise InputError(f"config: {where}.run_code = {run_code!r} should be true or false")
+    library, colon, _ = str(name).partition(":")
+    if not colon:
+        _known(
+            f"{where}.architecture", name, [*registry.architectures(), "torchvision:<name>", "timm:<name>"]
+        )
+    elif not re.fullmatch(r"[\w.]+:[\w.]+", name):
+        raise InputError(f"config: {where}.architecture = {name!r}: <library or module>:<name>, please")
+    elif library not in ("torchvision", "timm") and not run_code:
+        raise InputError(
+            f"config: {where}.architecture = {name!r} is a network of your own, whose code would run; "
+            f"if you trust it, set {where}.run_code to true"
+        )
 
 
 def require_files(config: dict) -> None:

@@ -1,4 +1,5 @@
-"""What came from outside, looked at before anything that takes long: sizes, classes, repeated images, cost.
+"""What came from outside, looked at before anything that takes long: sizes, classes, repeated images, cost,
+and whether T-Core's stages work on this network at all.
 
 Only what a user has is looked at: the encoder and the labelled training images.
 """
@@ -6,13 +7,17 @@ Only what a user has is looked at: the encoder and the labelled training images.
 import hashlib
 import math
 import time
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import torch
 
+from tcore import memory
 from tcore.data.images import ImageSet
 from tcore.files import InputError
+from tcore.models import head as heads
+from tcore.models.classifier import Classifier
 from tcore.models.encoder import Encoder, check_size, floats
 from tcore.stages import bootstrap, expand, filter_channels, sift
 
@@ -40,6 +45,8 @@ def check_classes(images: ImageSet, settings: sift.Settings) -> dict[str, int]:
     seed, and DBSCAN one core point.
     """
     counts = np.bincount(images.labels, minlength=images.num_classes)
+    if not 0 < settings.seed_share < 1:
+        raise InputError(f"sift.seed_share = {settings.seed_share} should be between 0 and 1")
     least = max(math.ceil(1 / settings.seed_share - 1e-9), settings.min_samples)
     small = np.flatnonzero(counts < least)
     if len(small):
@@ -101,6 +108,82 @@ def speed(encoder: Encoder, images: ImageSet, batch: int) -> tuple[float, float]
         return train, timed(lambda: encoder(part))
 
 
+def rehearse(
+    encoder: Encoder, images: ImageSet, channels: filter_channels.Settings, pooling: bootstrap.Settings
+) -> None:
+    """Runs the two stages that train through the encoder on eight images, for a step or two.
+
+    Raises InputError where they fail: networks from elsewhere can be anything.
+    """
+    device = encoder.mean.device
+    rows = torch.arange(min(8, len(images)))
+    pixels, labels = images.tensor[rows].to(device), images.targets[rows].to(device)
+    head, every = heads.Settings(), torch.ones(len(rows), dtype=torch.bool, device=device)
+    suspect = heads.new_head(encoder.dim, images.num_classes, head, 0, "rehearsal").to(device)
+    channels = replace(channels, unlearn_epochs=1, epochs=1)
+    pooling = replace(pooling, rounds_class=0, rounds_all=0, rho=0.0, epochs_final=1)
+    try:
+        untrusted = filter_channels.filter_channels(
+            Classifier(encoder, suspect), pixels, labels, every, channels, 0
+        )[1]
+        bootstrap.bootstrap(encoder, pixels, labels, images.num_classes, every, untrusted, pooling, head, 0)
+    except InputError:
+        raise
+    except Exception as error:  # the network's own code can raise anything
+        raise InputError(
+            f"{encoder.architecture}: T-Core's stages do not work on this network ({type(error).__name__}: "
+            f"{error}); they need convolutions or linear layers, and normalisation with scale and shift"
+        ) from error
+
+
+def saved_bytes(encoder: Encoder, n: int) -> int:
+    """What autograd keeps of a batch of n images, without what it keeps of none."""
+    device, size = encoder.mean.device, encoder.image_size
+
+    def kept(n: int) -> int:
+        seen: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            seen[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = encoder(floats(torch.zeros(n, 3, size, size, dtype=torch.uint8, device=device)))
+        del out
+        return sum(seen.values())
+
+    return n * max(0, kept(3) - kept(2))
+
+
+def memory_needed(encoder: Encoder, images: ImageSet, batch: int) -> int:
+    """Bytes of the largest stage: the images and a selection of them, and the larger of two needs.
+
+    These are a training step (what autograd keeps, and half of that for gradients) and sifting, which
+    compares all pairs of a class: distances in float32, a partitioned copy and DBSCAN's neighbourhoods.
+    """
+    encoder.eval()
+    step = 1.5 * saved_bytes(encoder, batch)
+    pairs = 3 * 4 * int(np.bincount(images.labels).max()) ** 2
+    return int(2 * images.pixels.nbytes + max(step, pairs))
+
+
+def check_memory(encoder: Encoder, images: ImageSet, batch: int) -> int:
+    """`memory_needed`, or an InputError where it is more than there is on the encoder's device."""
+    needed, device = memory_needed(encoder, images, batch), encoder.mean.device
+    if device.type == "cuda":
+        available = torch.cuda.mem_get_info(device)[0]
+    elif (available := memory.free()) is not None:
+        available += images.pixels.nbytes  # which this process holds already
+    memory.require(
+        needed,
+        available,
+        f"{images.origin}: T-Core on {len(images):,} images of {encoder.image_size} pixels, {batch} a step,",
+        "lower bootstrap.batch and filter_channels.batch, take fewer images a class, an encoder for smaller "
+        "images, or a machine with more",
+    )
+    return needed
+
+
 def check(
     encoder: Encoder,
     images: ImageSet,
@@ -115,11 +198,21 @@ def check(
     Raises InputError for what T-Core cannot do.
     """
     check_size(encoder, images.tensor)
+    shares = {
+        "expand.subset_share": subset.subset_share,
+        "filter_channels.untrusted_share": channels.untrusted_share,
+        "bootstrap.rho": pooling.rho,
+    }
+    for name, share in shares.items():
+        if not 0 < share < 1:
+            raise InputError(f"{name} = {share} should be between 0 and 1")
     found = {"images": len(images), "classes": images.num_classes} | check_classes(images, sifting)
+    needed = check_memory(encoder, images, max(pooling.batch, channels.batch))
+    rehearse(encoder, images, channels, pooling)
     trained, looked = passes(len(images), subset, channels, pooling)
     train, look = speed(encoder, images, pooling.batch)
     found |= repeats(images)
     return found | {
         "seconds": round(trained * train + looked * look),
-        "megabytes": round(images.pixels.nbytes / 2**20),
+        "memory_mb": round(needed / 2**20),
     }

@@ -168,3 +168,14 @@ def test_the_command_leaves_nothing_behind_when_it_fails(monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match=r"^error: .*gone\.pt: no such file"):
         command(monkeypatch, tmp_path / "gone.pt", tmp_path / "encoder.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_are_no_numbers_and_programs_instead_of_weights(tmp_path):
+    encoder = Encoder("resnet_tiny", 8)
+    torch.jit.trace(encoder.eval(), torch.zeros(1, 3, 8, 8)).save(str(tmp_path / "program.pt"))
+    with pytest.raises(InputError, match=r"program\.pt: not a checkpoint .*without running code"):
+        import_encoder(tmp_path / "program.pt", "resnet_tiny", 8, *HALVES)
+    encoder.state_dict()["layer1.0.conv1.weight"][0, 0, 0, 0] = torch.nan
+    torch.save(encoder.state_dict(), tmp_path / "diverged.pt")
+    with pytest.raises(InputError, match=r"diverged\.pt: not all numbers in layer1\.0\.conv1\.weight"):
+        import_encoder(tmp_path / "diverged.pt", "resnet_tiny", 8, *HALVES)

@@ -1,10 +1,13 @@
 """What comes from outside: its configuration, its plan, what is refused and what is said about it."""
 
 import copy
+import io
 import re
+import runpy
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +18,11 @@ import yaml
 from PIL import Image
 
 from tcore import __main__ as command
-from tcore import audit, grid, provenance, received, registry
+from tcore import audit, grid, memory, provenance, received, registry
 from tcore.config import require_files, validate
-from tcore.data.images import ImageSet
+from tcore.data.images import ImageSet, read_images, write_images
 from tcore.data.sources import imagefolder, parquet
+from tcore.data.sources._reading import decode
 from tcore.files import InputError
 from tcore.models import head as heads
 from tcore.models.classifier import Classifier, save_classifier
@@ -63,6 +67,9 @@ def test_other_pairs_stay_as_they_are():
     [
         ("encoders", "theirs", "encoders should map"),
         ("encoders.theirs.architecture", "resnet81", "architecture.*did you mean 'resnet18'"),
+        ("encoders.theirs.architecture", "torchvision:", "<library or module>:<name>"),
+        ("encoders.theirs.architecture", "my.nets:Net", "whose code would run.*run_code to true"),
+        ("encoders.theirs.run_code", "yes", "run_code = 'yes' should be true or false"),
         ("encoders.theirs.mean", 0.5, "mean = 0.5 should be three numbers"),
         ("encoders.theirs.mean", [127, 127, 127], "mean.*from 0 to 1"),
         ("encoders.theirs.std", [0.2, 0, 0.2], "std.*none of them 0"),
@@ -193,6 +200,9 @@ def test_every_class_needs_a_seed_and_a_core_point():
         received.check_classes(images_of(1, 30), settings)
     with pytest.raises(InputError, match=r"'class 1' has 0"):
         received.check_classes(images_of(30, 0, 30), settings)
+    for share in (0, -1, 1, 20):
+        with pytest.raises(InputError, match=r"seed_share = .* between 0 and 1"):
+            received.check_classes(images_of(30, 30), sift.Settings(seed_share=share))
     with pytest.raises(InputError, match=r"and so on, 1000 classes in all"):
         received.check_classes(images_of(*[2] * 1000), settings)
 
@@ -251,6 +261,10 @@ def test_the_check_as_a_whole():
     found = received.check(Encoder("resnet_tiny", 8), images_of(100, 120), *stages)
     assert found["images"] == 220 and found["classes"] == 2 and found["seeds_of_smallest"] == 1
     assert found["seconds"] > 0 and found["duplicates"] == found["contradictions"] == 0
+    for position, change in ((1, {"subset_share": 1.0}), (2, {"untrusted_share": -0.1}), (3, {"rho": 90})):
+        wrong = [replace(s, **change) if i == position else s for i, s in enumerate(stages)]
+        with pytest.raises(InputError, match=rf"{next(iter(change))} = .* between 0 and 1"):
+            received.check(Encoder("resnet_tiny", 8), images_of(100, 120), *wrong)
     with pytest.raises(InputError, match="takes 16x16 images, these are 8x8; set image_size"):
         received.check(Encoder("resnet_tiny", 16), images_of(100, 120), *stages)
 
@@ -384,18 +398,42 @@ def test_secure_writes_the_configuration_that_its_flags_say(monkeypatch, tmp_pat
     flags = (
         f"secure --encoder {tmp_path}/e.pth --architecture resnet18 --image-size 64 --name my_set --seed 3"
     )
-    flags += " --mean 0.1 0.2 0.3 --std 0.4 0.5 0.6 --seed-share 0.05"
+    flags += " --mean 0.1 0.2 0.3 --std 0.4 0.5 0.6 --seed-share 0.05 --untrusted-share 0.4"
     with pytest.raises(InputError, match="it stopped"):
         run_command(monkeypatch, flags, tmp_path / "set of images")
     path = tmp_path / "data/own/my_set.yaml"
-    assert called[0][1:3] == ["-m", "snakemake"] and called[0][-1] == str(path)
+    assert called[0][1:3] == ["-m", "snakemake"] and str(path) in called[0]
+    assert called[0][-2:] == ["--until", "check_received"] and len(called) == 1
+    log = tmp_path / "data/logs/sift/a.log"
+    log.parent.mkdir(parents=True)
+    said = "reading\nerror: a class is small; add images\n"
+
+    def stops(command, cwd):
+        log.write_text(said)
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(command.subprocess, "run", stops)
+    with pytest.raises(InputError, match=r"^a class is small; add images \(data/logs/sift/a.log\)$"):
+        run_command(monkeypatch, flags, tmp_path / "set of images")
+
+    def interrupts(command, cwd):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command.subprocess, "run", interrupts)
+    with pytest.raises(InputError, match="interrupted; the same command goes on"):
+        run_command(monkeypatch, flags, tmp_path / "set of images")
     demo = yaml.safe_load((ROOT / "config/config.yaml").read_text())
     config = validate(demo | yaml.safe_load(path.read_text()))
     require_files(config)
     assert config["encoders"]["my_set_encoder"]["std"] == [0.4, 0.5, 0.6]
     assert config["datasets"]["my_set"]["settings"]["path"] == str(tmp_path / "set of images")
     assert config["methods"]["sift"]["seed_share"] == 0.05 and config["seeds"] == [3]
+    assert config["methods"]["filter_channels"]["untrusted_share"] == 0.4
     assert set(grid.cells(config)["scenario"]) == {"received"}
+    with pytest.raises(InputError, match=r"datasets.My: a name consists of"):
+        run_command(monkeypatch, flags.replace("my_set", "My"), tmp_path / "set of images")
+    with pytest.raises(InputError, match=r"nets:Net' is a network of your own"):
+        run_command(monkeypatch, flags.replace("resnet18", "nets:Net"), tmp_path / "set of images")
     with pytest.raises(InputError, match=r"--images .*gone: no such folder"):
         run_command(monkeypatch, flags, tmp_path / "gone")
 
@@ -468,6 +506,27 @@ def test_an_empty_folder_and_a_class_of_one_image(tmp_path):
         received.check_classes(train, sift.Settings())
 
 
+def test_folders_that_are_no_classes_and_classes_that_only_the_test_has(tmp_path):
+    saved(tmp_path, train__cat__1=grey(1), train__dog__1=grey(2), test__cat__1=grey(3), test__dog__1=grey(4))
+    (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
+    settings = imagefolder.Settings(path=str(tmp_path), image_size=8)
+    assert imagefolder.load(settings, {})["test"].class_names == ("cat", "dog")
+    saved(tmp_path, test__emu__1=grey(5))
+    with pytest.raises(InputError, match=r"test has classes that .*train has not: emu; name the same"):
+        imagefolder.load(settings, {})
+
+
+def test_photographs_are_turned_as_their_camera_says(tmp_path):
+    """Orientation 6: the first row is the right-hand side."""
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    pixels[:4] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    found = np.asarray(decode(tmp_path / "a.png", "a"))
+    assert (found[:, 4:] == 255).all() and (found[:, :4] == 0).all()
+
+
 def test_a_table_of_paths(tmp_path):
     saved(tmp_path, in_here__1=grey(10), in_here__2=grey(20), in_here__3=grey(30))
     rows = "file,what,part\nin here/1.png,red fox,train\nin here/2.png,wolf,train\nin here/3.png,wolf,test\n"
@@ -484,6 +543,24 @@ def test_a_table_of_paths(tmp_path):
         parquet.load(settings, {})
 
 
+def test_unpacked_images_are_read_back_as_they_were(tmp_path, monkeypatch):
+    content = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)).save(content, "PNG")
+    rows = {
+        "image": [content.getvalue()] * 4,
+        "label": ["a/b", "c d"] * 2,
+        "split": ["train"] * 2 + ["test"] * 2,
+    }
+    pd.DataFrame(rows).to_parquet(tmp_path / "t.parquet")
+    flags = ["unpack_images.py", "--parquet", str(tmp_path / "t.parquet"), "--folder", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", flags)
+    runpy.run_path(str(ROOT / "scripts/unpack_images.py"), run_name="__main__")
+    splits = imagefolder.load(imagefolder.Settings(path=str(tmp_path / "out"), image_size=8), {})
+    expected = np.asarray(Image.open(content))
+    for split in splits.values():
+        assert split.class_names == ("a_b", "c d") and (split.pixels == expected).all() and len(split) == 2
+
+
 def test_images_have_the_names_of_their_files(tmp_path):
     saved(tmp_path, cat__1=grey(1), cat__2=grey(2), cat__3=grey(3))
     saved(tmp_path, dog__1=grey(4), dog__2=grey(5), dog__3=grey(6))
@@ -491,3 +568,76 @@ def test_images_have_the_names_of_their_files(tmp_path):
     train = imagefolder.load(settings, {})["train"]
     for name, pixels in zip(imagefolder.names(settings, train.index), train.pixels, strict=True):
         assert np.asarray(Image.open(name))[0, 0] == pixels[0, 0, 0]
+
+
+# Memory
+
+
+def test_what_does_not_fit_into_memory_is_said_before_it_is_asked_for(tmp_path, monkeypatch):
+    saved(tmp_path, cat__1=grey(1), cat__2=grey(3), dog__1=grey(2), dog__2=grey(4))
+    settings = imagefolder.Settings(path=str(tmp_path), image_size=64, test_share=0.5)
+    needed = 2 * 64 * 64 * 3
+    monkeypatch.setattr(memory, "free", lambda: needed - 1)
+    with pytest.raises(InputError, match=r"2 images of 64x64 pixels needs .* smaller image_size"):
+        imagefolder.load(settings, {})
+    monkeypatch.setattr(memory, "free", lambda: needed)
+    train = imagefolder.load(settings, {})["train"]
+    write_images(tmp_path / "train.parquet", train)
+    assert (read_images(tmp_path / "train.parquet").pixels == train.pixels).all()
+    monkeypatch.setattr(memory, "free", lambda: 0)
+    with pytest.raises(InputError, match=r"train\.parquet needs .* take fewer or smaller images"):
+        read_images(tmp_path / "train.parquet")
+    monkeypatch.setattr(memory, "free", lambda: None)  # where the system does not say
+    read_images(tmp_path / "train.parquet")
+
+
+def test_free_memory_is_the_lesser_of_machine_and_container(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "GROUP", tmp_path / "none")
+    machine = memory.free()
+    assert machine is None or machine > 0
+    monkeypatch.setattr(memory, "GROUP", tmp_path)
+    for name, text in {"current": "700", "max": "1000", "stat": "anon 500\ninactive_file 200\n"}.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert memory.free() == 500  # 1000 less 700, of which 200 are cache that goes on demand
+    (tmp_path / "memory.max").write_text("max")
+    assert memory.free() is machine is None or memory.free() > 500
+
+
+OWN = """
+from torch import nn
+Plain = lambda: nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU())
+Dense = lambda: nn.Sequential(nn.Conv2d(3, 5, 3), nn.PixelUnshuffle(2), nn.BatchNorm2d(20))
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    (tmp_path / "nets_of_mine.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("TCORE_RUN_CODE", "nets_of_mine:Plain nets_of_mine:Dense")
+    yield Encoder
+    sys.modules.pop("nets_of_mine", None)
+
+
+def test_memory_of_a_step_by_hand(own):
+    """The convolution keeps its input, batch norm its input, relu its output: (5, 6, 6) of (3, 8, 8)."""
+    encoder = own("nets_of_mine:Plain", 8).eval()
+    assert received.saved_bytes(encoder, 10) == 10 * 4 * (3 * 64 + 2 * 5 * 36)
+    few, many = images_of(3, 3), images_of(3, 3000)
+    assert received.memory_needed(encoder, few, 10) == 2 * few.pixels.nbytes + 1.5 * received.saved_bytes(
+        encoder, 10
+    )
+    assert received.memory_needed(encoder, many, 10) == 2 * many.pixels.nbytes + 12 * 3000**2
+
+
+def test_too_little_memory_and_a_network_that_does_not_do_are_said(own, monkeypatch):
+    stages = (sift.Settings(), expand.Settings(), filter_channels.Settings(), bootstrap.Settings())
+    images = images_of(100, 120)
+    assert received.check(own("nets_of_mine:Plain", 8), images, *stages)["memory_mb"] >= 0
+    with pytest.raises(
+        InputError, match=r"nets_of_mine:Dense: .*stages do not work .* followed by the batch"
+    ):
+        received.check(own("nets_of_mine:Dense", 8), images, *stages)
+    monkeypatch.setattr(memory, "free", lambda: 1000)
+    with pytest.raises(InputError, match=r"toy: T-Core on 220 images of 8 pixels, 128 a step, needs"):
+        received.check(own("nets_of_mine:Plain", 8), images, *stages)

@@ -7,6 +7,7 @@ The schema metadata holds `height`, `width`, `class_names` and `origin` as JSON.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tcore import memory
 from tcore.files import InputError, atomic, require
+
+GROUP = 2**24  # bytes of images written, and read, at a time
 
 
 @dataclass(frozen=True)
@@ -100,35 +104,44 @@ def write_images(path: str | Path, images: ImageSet) -> None:
     schema = _schema(size, images.aspects is not None)
     schema = schema.with_metadata({key: json.dumps(value) for key, value in meta.items()})
     table = pa.table(list(map(pa.array, columns)), schema=schema)
+    rows = max(1, min(10_000, GROUP // size))
     with atomic(path) as temporary:
-        pq.write_table(table, temporary, compression="none", use_dictionary=False, row_group_size=10_000)
+        pq.write_table(table, temporary, compression="none", use_dictionary=False, row_group_size=rows)
 
 
 def read_images(path: str | Path) -> ImageSet:
     require(path)
     try:
-        table = pq.read_table(path)
-        meta = {key.decode(): json.loads(value) for key, value in table.schema.metadata.items()}
-        height, width = int(meta["height"]), int(meta["width"])
-        stretched = "aspect" in table.schema.names
-        expected = _schema(height * width * 3, stretched)
-        if (
-            min(height, width) < 1
-            or not table.schema.equals(expected)
-            or any(c.null_count for c in table.columns)
-        ):
-            raise ValueError(
-                f"columns {table.schema.names}, expected, without nulls, {expected.to_string()!r}"
-            )
-        buffer = table["image"].combine_chunks().buffers()[1]
-        pixels = np.frombuffer(buffer, np.uint8, table.num_rows * height * width * 3)
+        with pq.ParquetFile(path) as file:
+            schema, n = file.schema_arrow, file.metadata.num_rows
+            meta = {key.decode(): json.loads(value) for key, value in schema.metadata.items()}
+            height, width = int(meta["height"]), int(meta["width"])
+            expected = _schema(height * width * 3, "aspect" in schema.names)
+            if min(height, width) < 1 or not schema.equals(expected):
+                raise ValueError(f"columns {schema.names}, expected {expected.to_string()!r}")
+            shape = (n, height, width, 3)
+            memory.require(math.prod(shape), memory.free(), str(path), "take fewer or smaller images")
+            pixels = np.empty(shape, np.uint8)
+            others = {
+                name: np.empty(n, expected.field(name).type.to_pandas_dtype()) for name in schema.names[1:]
+            }
+            start = 0
+            for group in range(file.num_row_groups):  # all at once would be a second copy of the images
+                table = file.read_row_group(group)
+                if any(column.null_count for column in table.columns):
+                    raise ValueError("nulls in it")
+                rows = slice(start, start := start + table.num_rows)
+                content = table["image"].combine_chunks().buffers()[1]
+                pixels[rows] = np.frombuffer(content, np.uint8, pixels[rows].size).reshape(pixels[rows].shape)
+                for name, values in others.items():
+                    values[rows] = table[name].to_numpy()
         return ImageSet(
-            pixels=pixels.reshape(-1, height, width, 3).copy(),
-            labels=table["label"].to_numpy().copy(),
-            index=table["index"].to_numpy().copy(),
+            pixels=pixels,
+            labels=others["label"],
+            index=others["index"],
             class_names=tuple(meta["class_names"]),
             origin=meta["origin"],
-            aspects=table["aspect"].to_numpy().copy() if stretched else None,
+            aspects=others.get("aspect"),
         )
     except (OSError, KeyError, AttributeError, TypeError, ValueError, pa.ArrowException) as error:
         raise InputError(

@@ -11,8 +11,11 @@ nobody else has to know them. Parameter names of the residual networks are those
   enough for two CPU cores.
 * resnet_tiny: 3x3 stride-1 stem, one block a stage, widths 16 to 128, d = 128; for 16 px,
   where it sees what a stride-2 stem loses.
+* efficientnet_lite0: the encoder whose ImageNet weights install as a package. See `efficientnet.py`.
 * vit: patches of 4x4, width 512, 6 blocks, 8 heads, 512 hidden units: the transformer that the shapes in
   the paper suggest (a 1536x512 layer, its query-key-value projection). See `transformer.py`.
+
+Networks from elsewhere, such as `torchvision:resnet50`, are named with a colon. See `elsewhere.py`.
 """
 
 from collections import OrderedDict
@@ -23,6 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from tcore.files import InputError, load_tensors, save_tensors
+from tcore.models import elsewhere
+from tcore.models.efficientnet import EfficientNetLite
 from tcore.models.transformer import Transformer
 
 
@@ -68,6 +73,7 @@ ARCHITECTURES = {
     "resnet18_224": Residual((64, 128, 256, 512), (2, 2, 2, 2), stem=7, stride=2, pool=True),
     "resnet_narrow": Residual((24, 48, 96, 192), (1, 1, 1, 1), stem=3, stride=2, pool=False),
     "resnet_tiny": Residual((16, 32, 64, 128), (1, 1, 1, 1), stem=3, stride=1, pool=False),
+    "efficientnet_lite0": EfficientNetLite(),
     "vit": Transformer(patch=4, dim=512, depth=6, heads=8, hidden=512),
 }
 
@@ -110,11 +116,18 @@ class Encoder(nn.Sequential):
         mean: tuple[float, ...] = (0.5, 0.5, 0.5),
         std: tuple[float, ...] = (0.25, 0.25, 0.25),
     ):
-        if architecture not in ARCHITECTURES:
-            raise InputError(f"unknown architecture {architecture!r}; known: {', '.join(ARCHITECTURES)}")
-        shape = ARCHITECTURES[architecture]
-        super().__init__(OrderedDict(shape.parts(image_size)))
-        self.architecture, self.image_size, self.dim = architecture, image_size, shape.dim
+        if ":" in architecture:
+            parts, dim = _from_elsewhere(architecture, image_size)
+        elif architecture in ARCHITECTURES:
+            shape = ARCHITECTURES[architecture]
+            parts, dim = shape.parts(image_size), shape.dim
+        else:
+            raise InputError(
+                f"unknown architecture {architecture!r}; known: {', '.join(ARCHITECTURES)}, and "
+                "from elsewhere torchvision:<name>, timm:<name> or <your module>:<name>"
+            )
+        super().__init__(OrderedDict(parts))
+        self.architecture, self.image_size, self.dim = architecture, image_size, dim
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
@@ -129,6 +142,24 @@ class Encoder(nn.Sequential):
             "mean": self.mean.flatten().tolist(),
             "std": self.std.flatten().tolist(),
         }
+
+
+def _from_elsewhere(architecture: str, image_size: int) -> tuple[dict[str, nn.Module], int]:
+    """The parts of a network that others define, and its number of features, found by trying it."""
+    parts: dict[str, nn.Module] = {"network": elsewhere.build(architecture, image_size).eval()}
+    try:
+        with torch.no_grad():
+            out = parts["network"](torch.zeros(2, 3, image_size, image_size))
+    except Exception as error:  # the code is not ours and can raise anything
+        raise InputError(
+            f"{architecture}: fails on images of {image_size} pixels ({type(error).__name__}: {error})"
+        ) from error
+    if isinstance(out, Tensor) and out.ndim == 4:
+        parts["pool"] = Pool()
+    elif not isinstance(out, Tensor) or out.ndim != 2:
+        shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise InputError(f"{architecture}: gives {shape}, not features (N, d) or (N, d, h, w)")
+    return parts, out.shape[1]
 
 
 def floats(images: Tensor) -> Tensor:

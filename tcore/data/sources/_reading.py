@@ -1,13 +1,14 @@
 """What several sources share: decoding, resizing and holding out a test split."""
 
 import io
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from tcore import seeds
+from tcore import memory, seeds
 from tcore.files import InputError
 
 
@@ -24,7 +25,7 @@ def decode(content: bytes | Path, where: str) -> Image.Image:
         with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
             if image.mode.startswith("I;16"):  # Pillow would cut it off at 255
                 return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
-            return image.convert("RGB")
+            return ImageOps.exif_transpose(image).convert("RGB")  # photographs may be stored lying down
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{where}: not a readable image ({error}); mend or remove it") from error
 
@@ -35,11 +36,15 @@ def square(image: Image.Image, size: int) -> Image.Image:
 
 
 def stack(images: Iterable[Image.Image], count: int, where: str) -> np.ndarray:
-    """(count, H, W, 3) uint8 of `count` > 0 RGB images, which must agree in size."""
+    """(count, H, W, 3) uint8 of `count` > 0 RGB images, which must agree in size and fit into memory."""
     pixels = None
     for row, image in enumerate(images):
         if pixels is None:
-            pixels = np.empty((count, image.height, image.width, 3), np.uint8)
+            shape = (count, image.height, image.width, 3)
+            what = f"{where}: {count:,} images of {image.width}x{image.height} pixels"
+            remedy = "take fewer images, a smaller image_size, or a machine with more"
+            memory.require(math.prod(shape), memory.free(), what, remedy)
+            pixels = np.empty(shape, np.uint8)
         if (image.height, image.width) != pixels.shape[1:3]:
             raise InputError(
                 f"{where}: image {row} of {count} is {image.height}x{image.width}, the first one is "

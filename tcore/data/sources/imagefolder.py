@@ -32,7 +32,7 @@ class Settings:
 
 def _classes(settings: Settings, folder: Path) -> tuple[str, ...]:
     if settings.classes is None:
-        names = sorted(item.name for item in folder.iterdir() if item.is_dir())
+        names = sorted(item.name for item in folder.iterdir() if item.is_dir() and item.name[0] != ".")
         if len(names) < 2:
             raise InputError(f"imagefolder: {folder} should hold one folder per class, it has {len(names)}")
         return tuple(names)
@@ -55,11 +55,13 @@ def _files(folder: Path, names: tuple[str, ...]) -> tuple[list[Path], list[int]]
     return paths, labels
 
 
-def _read(folder: Path, names: tuple[str, ...], size: int, origin: str) -> ImageSet:
+def _read(folder: Path, names: tuple[str, ...], size: int, origin: str, rows: np.ndarray | None) -> ImageSet:
+    """The images of a folder, or those at `rows` (boolean) of its files."""
     paths, labels = _files(folder, names)
-    images = tqdm(paths, desc=f"reading {folder}", unit="image")
-    pixels = stack((square(decode(path, str(path)), size) for path in images), len(paths), str(folder))
-    return ImageSet(pixels, np.array(labels), np.arange(len(paths)), names, origin)
+    index = np.arange(len(paths)) if rows is None else np.flatnonzero(rows)
+    files = tqdm([paths[i] for i in index], desc=f"reading {folder}", unit="image")
+    pixels = stack((square(decode(path, str(path)), size) for path in files), len(index), str(folder))
+    return ImageSet(pixels, np.array(labels)[index], index, names, origin)
 
 
 def names(settings: Settings, index: np.ndarray) -> list[str]:
@@ -77,14 +79,21 @@ def load(settings: Settings, archives: dict) -> dict[str, ImageSet]:
         raise InputError(
             f"imagefolder: path = {settings.path!r} is not a folder; name the folder with the images"
         )
-    if not (root / "train").is_dir():
-        images = _read(root, _classes(settings, root), size, root.name)
-    else:
-        names = _classes(settings, root / "train")
-        images = _read(root / "train", names, size, f"{root.name}, train")
-        for split in ("test", "val"):
-            if (root / split).is_dir():
-                test = _read(root / split, names, size, f"{root.name}, {split}")
-                return {"train": images, "test": test}
-    held_out = hold_out(images.labels, settings.test_share, settings.seed, settings.path)
-    return {"train": images.select(~held_out), "test": images.select(held_out)}
+    own = (root / "train").is_dir()
+    folder, origin = (root / "train", f"{root.name}, train") if own else (root, root.name)
+    names = _classes(settings, folder)
+    for split in ("test", "val"):
+        if own and (root / split).is_dir():
+            others = [] if settings.classes else sorted(set(_classes(settings, root / split)) - set(names))
+            if others:
+                raise InputError(
+                    f"imagefolder: {root / split} has classes that {folder} has not: "
+                    f"{', '.join(others[:5])}; name the same classes in both"
+                )
+            train = _read(folder, names, size, origin, None)
+            return {"train": train, "test": _read(root / split, names, size, f"{root.name}, {split}", None)}
+    held_out = hold_out(np.array(_files(folder, names)[1]), settings.test_share, settings.seed, settings.path)
+    return {
+        "train": _read(folder, names, size, origin, ~held_out),
+        "test": _read(folder, names, size, origin, held_out),
+    }
