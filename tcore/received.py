@@ -156,7 +156,7 @@ def saved_bytes(encoder: Encoder, n: int) -> int:
 
 
 def memory_needed(encoder: Encoder, images: ImageSet, batch: int) -> int:
-    """Bytes of the largest stage: the images and a selection of them, and the larger of two needs.
+    """Bytes of the largest stage: the images, half as much for a selection, and the larger of two needs.
 
     These are a training step (what autograd keeps, and half of that for gradients) and sifting, which
     compares all pairs of a class: distances in float32, a partitioned copy and DBSCAN's neighbourhoods.
@@ -164,7 +164,7 @@ def memory_needed(encoder: Encoder, images: ImageSet, batch: int) -> int:
     encoder.eval()
     step = 1.5 * saved_bytes(encoder, batch)
     pairs = 3 * 4 * int(np.bincount(images.labels).max()) ** 2
-    return int(2 * images.pixels.nbytes + max(step, pairs))
+    return int(1.5 * images.pixels.nbytes + max(step, pairs))
 
 
 def check_memory(encoder: Encoder, images: ImageSet, batch: int) -> int:

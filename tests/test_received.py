@@ -604,9 +604,13 @@ def test_free_memory_is_the_lesser_of_machine_and_container(tmp_path, monkeypatc
 
 
 OWN = """
-from torch import nn
+from torch import nn, no_grad
 Plain = lambda: nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU())
-Dense = lambda: nn.Sequential(nn.Conv2d(3, 5, 3), nn.PixelUnshuffle(2), nn.BatchNorm2d(20))
+Bare = lambda: nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU())
+class Frozen(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5))
+    forward = no_grad()(nn.Sequential.forward)
 """
 
 
@@ -614,7 +618,7 @@ Dense = lambda: nn.Sequential(nn.Conv2d(3, 5, 3), nn.PixelUnshuffle(2), nn.Batch
 def own(tmp_path, monkeypatch):
     (tmp_path / "nets_of_mine.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("TCORE_RUN_CODE", "nets_of_mine:Plain nets_of_mine:Dense")
+    monkeypatch.setenv("TCORE_RUN_CODE", "nets_of_mine:Plain nets_of_mine:Bare nets_of_mine:Frozen")
     yield Encoder
     sys.modules.pop("nets_of_mine", None)
 
@@ -624,20 +628,22 @@ def test_memory_of_a_step_by_hand(own):
     encoder = own("nets_of_mine:Plain", 8).eval()
     assert received.saved_bytes(encoder, 10) == 10 * 4 * (3 * 64 + 2 * 5 * 36)
     few, many = images_of(3, 3), images_of(3, 3000)
-    assert received.memory_needed(encoder, few, 10) == 2 * few.pixels.nbytes + 1.5 * received.saved_bytes(
+    assert received.memory_needed(encoder, few, 10) == 1.5 * few.pixels.nbytes + 1.5 * received.saved_bytes(
         encoder, 10
     )
-    assert received.memory_needed(encoder, many, 10) == 2 * many.pixels.nbytes + 12 * 3000**2
+    assert received.memory_needed(encoder, many, 10) == 1.5 * many.pixels.nbytes + 12 * 3000**2
 
 
 def test_too_little_memory_and_a_network_that_does_not_do_are_said(own, monkeypatch):
     stages = (sift.Settings(), expand.Settings(), filter_channels.Settings(), bootstrap.Settings())
     images = images_of(100, 120)
     assert received.check(own("nets_of_mine:Plain", 8), images, *stages)["memory_mb"] >= 0
+    with pytest.raises(InputError, match="no normalisation layers"):
+        received.check(own("nets_of_mine:Bare", 8), images, *stages)
     with pytest.raises(
-        InputError, match=r"nets_of_mine:Dense: .*stages do not work .* followed by the batch"
+        InputError, match=r"nets_of_mine:Frozen: .*stages do not work .* need convolutions or"
     ):
-        received.check(own("nets_of_mine:Dense", 8), images, *stages)
+        received.check(own("nets_of_mine:Frozen", 8), images, *stages)
     monkeypatch.setattr(memory, "free", lambda: 1000)
     with pytest.raises(InputError, match=r"toy: T-Core on 220 images of 8 pixels, 128 a step, needs"):
         received.check(own("nets_of_mine:Plain", 8), images, *stages)
