@@ -17,6 +17,9 @@ except InputError as error:
 
 attacked = [pair for pair in experiment["pairs"] if pair["pretrain"] not in experiment["encoders"]]
 GRID = json.dumps({axis: experiment[axis] for axis in grid.AXES} | {"pairs": attacked}, sort_keys=True)
+STAND_INS = {  # the paper's data sets and ours in their place, for its tables
+    entry["stands_for"]: name for name, entry in experiment["datasets"].items() if "stands_for" in entry
+}
 VICTIMS = grid.cells(experiment)
 CELLS = VICTIMS[VICTIMS["scenario"] != grid.RECEIVED]  # what an evaluator knows the truth about
 RECEIVED = VICTIMS[VICTIMS["scenario"] == grid.RECEIVED]  # what nobody does

@@ -17,6 +17,12 @@ def main() -> None:
     parser.add_argument("--table", required=True, type=int, choices=tables.TITLES)
     parser.add_argument("--published", required=True, help="config/paper.csv")
     parser.add_argument("--grid", required=True, type=json.loads, help=f"JSON with {', '.join(grid.AXES)}")
+    parser.add_argument(
+        "--names",
+        type=json.loads,
+        default={},
+        help="JSON: the paper's data sets to those that stand for them",
+    )
     parser.add_argument("--data", required=True, type=Path, help="the data folder (docs/architecture.md)")
     parser.add_argument("--markdown", required=True)
     parser.add_argument("--latex", required=True)
@@ -25,7 +31,7 @@ def main() -> None:
     args = parser.parse_args()
 
     with record(args.record, "compare_tables", {"table": args.table}, None) as log:
-        reported = tables.published(require(args.published))
+        reported = tables.published(require(args.published), args.names)
         own = tables.cells(args.table, reported, grid.cells(args.grid))
         paths = [
             args.data / results.folders(cell)["results"] / "metrics.parquet"

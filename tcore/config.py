@@ -19,7 +19,14 @@ KEYS = (
     "datasets",
 )
 OF_ENCODER = ("file", "architecture", "image_size", "mean", "std")  # all needed: no checkpoint says them
-OF_DATASET = ("settings", "encoder_target", "dataset_target", "attacks", "pretraining")  # beside its source
+OF_DATASET = (  # beside its source
+    "settings",
+    "encoder_target",
+    "dataset_target",
+    "attacks",
+    "pretraining",
+    "stands_for",
+)
 BUILT_IN = ("none", "tcore")  # the defences that have rules of their own
 TRUSTED = {"source": "granted", "share": 0.1}  # what defences that need clean samples get
 TRUSTED_SOURCES = ("granted", "seeds", "subset", "none")
@@ -95,6 +102,9 @@ def _datasets(datasets: dict) -> dict:
             "settings": _resolve(entry["source"], overrides, f"{where}.settings"),
             "attacks": _attacks(entry.get("attacks", {}), f"{where}.attacks"),
         }
+    stands_for = [entry["stands_for"] for entry in datasets.values() if "stands_for" in entry]
+    if twice := [name for name in stands_for if stands_for.count(name) > 1]:
+        raise InputError(f"config: two data sets have stands_for: {twice[0]}; the paper's tables take one")
     return resolved
 
 

@@ -76,7 +76,8 @@ LABELS = {
 }
 
 
-def published(path: str | Path) -> pd.DataFrame:
+def published(path: str | Path, names: dict[str, str] | None = None) -> pd.DataFrame:
+    """The published numbers; `names` gives data sets of the paper the names of those that stand for them."""
     found = pd.read_csv(path)
     columns = ["table", *KEYS, *NUMBER, "value"]
     if list(found) != columns:
@@ -84,7 +85,11 @@ def published(path: str | Path) -> pd.DataFrame:
     twice = found[found.duplicated(columns[:-1])]
     if len(twice):
         raise InputError(f"{path}: line {twice.index[0] + 2} is there twice; remove one")
-    return found
+    sets = ["pretrain", "downstream"]
+    unknown = set(names or {}) - set(found[sets].to_numpy().flat)
+    if unknown:
+        raise InputError(f"config: stands_for: {', '.join(sorted(unknown))} is in none of the paper's tables")
+    return found.replace({column: names for column in sets}) if names else found
 
 
 def cells(table: int, reported: pd.DataFrame, grid: pd.DataFrame) -> pd.DataFrame:

@@ -266,3 +266,10 @@ def test_variants_of_tcore_bootstrap_otherwise_and_differ_in_nothing_else():
     config["variants"]["small"] = {"defense": "tcore", "settings": {"alpha": 0.6}}
     with pytest.raises(InputError, match="alpha is not a setting"):
         validate(config)
+
+
+def test_one_data_set_stands_for_one_of_the_papers():
+    both = {name: entry | {"stands_for": "gtsrb"} for name, entry in CONFIG["datasets"].items()}
+    assert len(both) > 1
+    with pytest.raises(InputError, match="stands_for: gtsrb"):
+        validate(CONFIG | {"datasets": both})

@@ -182,3 +182,16 @@ def test_a_damaged_file_of_published_numbers_is_refused(tmp_path):
     (tmp_path / "twice.csv").write_text("\n".join([*text, text[7]]))
     with pytest.raises(InputError, match=f"line {len(text) + 1} is there twice"):
         tables.published(tmp_path / "twice.csv")
+
+
+def test_a_data_set_stands_for_one_of_the_papers():
+    found = tables.published(PUBLISHED, {"gtsrb": "signs"})
+    pairs = {
+        tuple(pair) for pair in REPORTED.loc[REPORTED["table"] == 11, ["pretrain", "downstream"]].to_numpy()
+    }
+    mine = {tuple(pair) for pair in found.loc[found["table"] == 11, ["pretrain", "downstream"]].to_numpy()}
+    assert ("cifar10", "gtsrb") in pairs
+    assert mine == {tuple("signs" if name == "gtsrb" else name for name in pair) for pair in pairs}
+    assert found["value"].tolist() == REPORTED["value"].tolist()
+    with pytest.raises(InputError, match="stands_for: gtsrp is in none"):
+        tables.published(PUBLISHED, {"gtsrp": "signs"})
