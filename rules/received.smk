@@ -3,8 +3,10 @@
 import os
 
 # Networks of the user's own that may run code, for all jobs: see tcore/models/elsewhere.py.
-os.environ["TCORE_RUN_CODE"] = " ".join(
-    entry["architecture"] for entry in experiment["encoders"].values() if entry.get("run_code")
+os.environ.update(
+    TCORE_RUN_CODE=" ".join(
+        entry["architecture"] for entry in experiment["encoders"].values() if entry.get("run_code")
+    )
 )
 
 
