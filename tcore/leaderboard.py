@@ -12,7 +12,7 @@ import pandas as pd
 
 from tcore import metrics, results
 
-RATES = ("asr_encoder", "asr_dataset")
+RATES = {"asr_encoder": "the encoder's trigger", "asr_dataset": "the data set's trigger"}
 VICTIM = results.CELL[:-1]  # a cell without its defence
 FULL = 0.30  # accuracy lost at which a heat map's colour is full
 

@@ -16,12 +16,11 @@ from markupsafe import Markup
 from tcore import closeups, figures, leaderboard, results
 from tcore.closeups import where
 from tcore.files import InputError, load_json
-from tcore.leaderboard import VICTIM
+from tcore.leaderboard import RATES, VICTIM
 
 ASR_LINE = 0.10  # a defence has failed where an attack succeeds more often than this
 ACC_LOSS = 0.05  # ... or where it costs more accuracy than this
 WEAK = 0.50  # an attack that succeeds less often than this without a defence proves little
-RATES = {"asr_encoder": "the encoder's trigger", "asr_dataset": "the data set's trigger"}
 DETAILED = 12  # victims shown with pictures and curves
 SCENARIOS = {
     "clean": "nothing poisoned",

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tcore import marks, seeds, triggers
+from tcore import seeds, triggers
 from tcore.data.images import ImageSet
+from tcore.dataset_attacks import blended
 from tcore.files import InputError
 from tcore.poisoning import Poisoned, check_target, choose_covers, choose_poisons, poisoned
 from tcore.triggers import Trigger
@@ -39,15 +40,14 @@ class Settings:
 
 
 def make_trigger(height: int, width: int, settings: Settings) -> Trigger:
-    return {
-        "mark": marks.picture(settings.image, settings.pattern_seed, height, width),
-        "mask": torch.ones(1, height, width, dtype=torch.bool),
-        "opacity": triggers.permille(settings.test_opacity),
-    }
+    """Blended's, at the opacity of test time."""
+    whole = blended.Settings(
+        opacity=settings.test_opacity, pattern_seed=settings.pattern_seed, image=settings.image
+    )
+    return blended.make_trigger(height, width, whole)
 
 
-def stamp(images: Tensor, trigger: Trigger) -> Tensor:
-    return triggers.paste(images, **trigger)
+stamp = blended.stamp
 
 
 def masks(height: int, width: int, index: np.ndarray, settings: Settings, seed: int) -> Tensor:
