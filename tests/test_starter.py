@@ -15,7 +15,7 @@ TELL = """
 import json, os, sys
 import torch, told
 print(json.dumps([sys.argv, __name__, sys.path[:2], os.getcwd(), os.environ.get("TOLD"), sys.stdin.read(),
-                  told.__file__, torch.get_num_threads()]))
+                  told.__file__, torch.get_num_threads()]), flush=True)
 print("warning", file=sys.stderr)
 """
 ENDS = {
@@ -44,7 +44,12 @@ def step(folder: Path, *more: str) -> list[str]:
 
 def run(command: list[str], folder: Path, **environment: str):
     return subprocess.run(
-        command, cwd=folder, input="given", capture_output=True, text=True, env=os.environ | environment
+        command,
+        cwd=folder,
+        input="given",
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
     )
 
 
