@@ -218,9 +218,8 @@ def _variant(where: str, variant: dict, methods: dict, trusted: dict) -> dict:
     defense, oracle = variant["defense"], variant.get("oracle", False)
     if defense == "tcore":
         if other := sorted(set(variant) - {"defense", "settings"}):
-            raise InputError(f"config: {where}.{other[0]}: of T-Core only settings of bootstrap vary")
-        overrides = methods["bootstrap"] | (variant.get("settings") or {})
-        return {"defense": defense, "kind": "tcore", "settings": _resolve("bootstrap", overrides, where)}
+            raise InputError(f"config: {where}.{other[0]}: of T-Core only the stages' settings vary")
+        return {"defense": defense, "kind": "tcore"} | _stages(where, variant.get("settings") or {}, methods)
     declared = settings.constants(registry.path("defenses", defense))
     if not isinstance(oracle, bool):
         raise InputError(f"config: {where}.oracle = {oracle!r} should be true or false")
@@ -248,6 +247,19 @@ def _variant(where: str, variant: dict, methods: dict, trusted: dict) -> dict:
         if declared["CLEAN"]
         else None,
     }
+
+
+def _stages(where: str, given: dict, methods: dict) -> dict:
+    """The settings of T-Core's stages for a variant, and those stages that run anew for it: from the first
+    that differs on, and the last in any case, whose model is the variant's."""
+    _mapping(f"{where}.settings", given, (), optional=grid.STAGES)
+    found = {
+        stage: _resolve(stage, methods[stage] | (given.get(stage) or {}), f"{where}.settings")
+        for stage in grid.STAGES
+    }
+    differ = [found[stage] != methods[stage] for stage in grid.STAGES[:-1]]
+    first = differ.index(True) if True in differ else len(differ)
+    return {"settings": found, "own": grid.STAGES[first:]}
 
 
 def _trusted(where: str, given: dict, default: dict) -> dict:
