@@ -20,6 +20,7 @@ GRID = json.dumps({axis: experiment[axis] for axis in grid.AXES} | {"pairs": att
 STAND_INS = {  # the paper's data sets and ours in their place, for its tables
     entry["stands_for"]: name for name, entry in experiment["datasets"].items() if "stands_for" in entry
 }
+SHARED = experiment["encoder_seed"]  # the seed of the one clean encoder for all seeds, or None
 VICTIMS = grid.cells(experiment)
 CELLS = VICTIMS[VICTIMS["scenario"] != grid.RECEIVED]  # what an evaluator knows the truth about
 RECEIVED = VICTIMS[VICTIMS["scenario"] == grid.RECEIVED]  # what nobody does

@@ -42,7 +42,7 @@ def validate(config: dict) -> dict:
     wrong type or contradictory. What only the data can tell, such as a target class beyond
     the last one, is left to the steps.
     """
-    _mapping("config", config, KEYS, optional=("methods", "trusted", "variants", "encoders"))
+    _mapping("config", config, KEYS, optional=("methods", "trusted", "variants", "encoders", "encoder_seed"))
     methods = _methods(config.get("methods") or {})
     trusted = _trusted("trusted", config.get("trusted") or {}, TRUSTED)
     variants = _variants(config.get("variants") or {}, methods, trusted)
@@ -62,6 +62,10 @@ def validate(config: dict) -> dict:
     for position, seed in enumerate(_list("seeds", config["seeds"], int)):
         if seed < 0:
             raise InputError(f"config: seeds[{position}] = {seed}: a seed is 0 or more")
+    if (shared := config.get("encoder_seed")) is not None and (type(shared) is not int or shared < 0):
+        raise InputError(
+            f"config: encoder_seed = {shared!r}: a number, 0 or more, or null: each seed pre-trains its own"
+        )
     choices = {
         "scenarios": grid.SCENARIOS,
         "encoder_attacks": encoder_attacks,
@@ -75,6 +79,7 @@ def validate(config: dict) -> dict:
     for name in {pair["downstream"] for pair in config["pairs"] if pair["pretrain"] not in encoders}:
         _targets(name, sets[name], config["scenarios"])
     return config | {
+        "encoder_seed": shared,
         "datasets": sets,
         "methods": methods,
         "trusted": trusted,

@@ -291,6 +291,12 @@ def test_what_is_refused_of_a_variant_of_tcore(variant, message):
         validate(overlaid("config.yaml") | {"variants": {"mine": {"defense": "tcore"} | variant}})
 
 
+@pytest.mark.parametrize("seed", [-1, "0", 0.5, True])
+def test_a_seed_of_the_shared_encoder_is_a_number(seed):
+    with pytest.raises(InputError, match=r"encoder_seed = .*: a number, 0 or more"):
+        validate(CONFIG | {"encoder_seed": seed})
+
+
 def test_one_data_set_stands_for_one_of_the_papers():
     both = {name: entry | {"stands_for": "gtsrb"} for name, entry in CONFIG["datasets"].items()}
     assert len(both) > 1

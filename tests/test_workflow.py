@@ -102,6 +102,20 @@ def test_another_grid_by_hand(sources, tmp_path):
     assert jobs["poison_dataset"] == jobs["train_head"] == jobs["sift"] == jobs["predict"] == 4
 
 
+def test_seeds_may_share_a_clean_encoder(sources, tmp_path):
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(
+        "{scenarios: [T1, T2], seeds: [1, 2], defenses: [none], encoder_attacks: [badencoder, ctrl],"
+        " encoder_seed: 1, pairs: [{pretrain: signs, downstream: signs}]}"
+    )
+    text = snakemake(sources, "-n", "--configfile", str(overlay))
+    found = dict(re.findall(r"^(\w+) +(\d+)$", text, re.MULTILINE))
+    # Seed 1's encoder serves both seeds; on CTRL's images each seed pre-trains its own.
+    steps = ("pretrain_encoder", "share_encoder", "pretrain_on_poisons")
+    assert [found[step] for step in steps] == ["1", "1", "2"]
+    assert re.search(r"of another seed \(seed 2\)\nReason: .*signs-clean/2/.*signs-clean/1/", text)
+
+
 ALLOWED = re.compile(
     r"data/(encoders/\w+-\w+/\w+/\d+/encoder\.safetensors"  # as handed over, not as pre-trained
     r"|poisoned/(any|\w+-\w+)/\w+-\w+/\d+/train\.parquet"
