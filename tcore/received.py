@@ -161,9 +161,9 @@ def memory_needed(encoder: Encoder, images: ImageSet, batch: int) -> int:
     """Bytes of the largest stage: the images, half as much for a selection, and the larger of two needs.
 
     These are a training step and sifting, which compares all pairs of a class: distances in float32, a
-    partitioned copy and DBSCAN's neighbourhoods. A step takes what autograd keeps, half of that for gradients,
-    gradients and Adam's two moments of the weights, and what the allocator does not give back: glibc keeps
-    freed blocks below `KEPT`, as it was measured about four of the largest.
+    partitioned copy and DBSCAN's neighbourhoods. A step takes what autograd keeps, half of that for
+    gradients, gradients and Adam's two moments of the weights, and what the allocator does not give back:
+    glibc keeps freed blocks below `KEPT`, as it was measured about four of the largest.
     """
     encoder.eval()
     blocks = saved_blocks(encoder, batch)
