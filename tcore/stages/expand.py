@@ -19,8 +19,8 @@ the paper.
 
 Not in the paper, hence settings marked [open]: lambda, steps, optimiser, how Y* is drawn, and whether the
 loss is ranked over all classes (the paper's algorithm, literally) or within each class. Confusion has to be
-strong: where the head still knows most trusted samples afterwards, the largest losses are those of images that
-look like another class, and poisons whose trigger is weak are among them (measured: docs/fidelity.md).
+strong: where the head still knows most trusted samples after it, the largest losses are those of images that
+look like another class, and poisons with a weak trigger are among them (measured: docs/fidelity.md).
 """
 
 from dataclasses import dataclass
