@@ -75,7 +75,7 @@ def passes(
 ) -> tuple[int, int]:
     """How many images T-Core trains on and how many it only looks at; unlearning counted to its limit."""
     chosen = int(subset.subset_share * n)
-    trained = channels.unlearn_epochs * n + channels.epochs * chosen
+    trained = channels.unlearn_epochs * n + channels.epochs * chosen if channels.rank == "masks" else 0
     looked = 0
     pool = chosen
     rounds = [(pooling.gamma1, pooling.epochs)] * pooling.rounds_class
@@ -83,9 +83,10 @@ def passes(
     while rounds or pool < pooling.rho * n:
         gamma, epochs = rounds.pop(0) if rounds else (pooling.gamma3, None)
         rest = n - pool
-        trained += pooling.epochs_meta * pool + rest if epochs is None else epochs * pool
-        looked += 2 * rest if epochs is None else rest
-        pool += math.ceil(gamma * rest)
+        copied = epochs is None and pooling.guidance == "meta"
+        trained += (pooling.epochs_meta if epochs is None else epochs) * pool + copied * rest
+        looked += (1 + copied) * rest
+        pool += min(rest, math.ceil(gamma * (rest if pooling.of_rest else n)))
     return trained + pooling.epochs_final * pool, looked
 
 

@@ -148,12 +148,15 @@ def expand(
     settings: Settings,
     head: heads.Settings,
     seed: int,
-) -> Tensor:
-    """Round (n,) int64 in which each sample joined the clean subset: 0 a seed, -1 never."""
+) -> tuple[Tensor, dict]:
+    """Round (n,) int64 in which each sample joined the clean subset: 0 a seed, -1 never; and a log.
+
+    The log has, for each round, the accuracy that confusion left on the trusted samples.
+    """
     if settings.wrong_label not in WRONG_LABELS:
         raise InputError(f"expand.wrong_label = {settings.wrong_label!r} should be one of {WRONG_LABELS}")
     n, target = len(labels), int(settings.subset_share * len(labels))
-    rounds = torch.where(trusted, 0, -1)
+    rounds, log = torch.where(trusted, 0, -1), {"trusted_accuracy": []}
     with tqdm(total=target, initial=int(trusted.sum()), desc="expand", unit="sample") as bar:
         while (size := int((rounds >= 0).sum())) < target:
             number = int(rounds.max()) + 1
@@ -165,7 +168,9 @@ def expand(
             )
             confuse(model, features, labels, subset, settings, seeds.generator(seed, *stream, "confusion"))
             with torch.no_grad():
-                loss = F.cross_entropy(model(features), labels, reduction="none")
+                out = model(features)
+                loss = F.cross_entropy(out, labels, reduction="none")
+            log["trusted_accuracy"].append(round((out.argmax(1) == labels)[subset].float().mean().item(), 4))
             score = loss
             if settings.witnesses:
                 groups = labels if settings.per_class else torch.zeros_like(labels)
@@ -174,4 +179,4 @@ def expand(
             add = min(max(1, int(settings.round_share * (n - size))), target - size)
             rounds[highest(score, ~subset, add, labels if settings.per_class else None)] = number
             bar.update(add)
-    return rounds
+    return rounds, log
