@@ -60,7 +60,8 @@ def test_what_two_tables_print_is_the_same():
 
 
 def test_every_published_number_has_its_cell_in_the_papers_grid():
-    overlays = [yaml.safe_load((ROOT / f"config/{name}.yaml").read_text()) for name in ("vit", "growth")]
+    names = ("vit", "growth", "tis-aware")
+    overlays = [yaml.safe_load((ROOT / f"config/{name}.yaml").read_text()) for name in names]
     cells = pd.concat([grid.cells(AXES | overlay) for overlay in ({}, *overlays)], ignore_index=True)
     wanted = REPORTED[tables.KEYS].drop_duplicates()
     assert len(wanted.merge(cells[cells["seed"] == 0])) == len(wanted)
@@ -107,6 +108,15 @@ def test_counts_are_those_of_the_last_step_and_no_percentages():
     poisons = line(tables.compare(6, REPORTED, pd.concat([cell(0, 0.8, 0), cell(1, 0.8, 0)])), "poisons")
     assert (poisons["reported"], poisons["reproduced"]) == (0, 4.5)
     assert poisons["high"] == pytest.approx(4.5 + 12.7062 * 0.5, abs=1e-3) and poisons["low"] == 0
+
+
+def test_poisons_among_the_seeds_stand_beside_percentages():
+    rows = [("sift", None, "poisons", 5, np.nan, np.nan), ("test", None, "asr_dataset", 0.9, 0.8, 1.0)]
+    rows = [dict(zip(results.NUMBERS, row, strict=True)) for row in rows]
+    found = results.tidy(CELL | {"dataset_attack": "tis_aware_16"}, rows)
+    compared = tables.compare(12, REPORTED, found).query("n == 1").set_index("metric")
+    assert compared["reported"].to_dict() == {"asr_dataset": 92.52, "poisons": 38}
+    assert compared["difference"].to_dict() == {"asr_dataset": pytest.approx(-2.52), "poisons": -33}
 
 
 def test_the_page_says_what_is_there():
