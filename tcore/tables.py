@@ -8,7 +8,8 @@ from the paper's tables:
 - 2: CT's FPR is not printed. Spectral and SPECTRE are told the poison rate, as the paper's are.
 - 3, 4: without the poisons isolated. The paper trained these undefended models anew; here they are those of
   all other tables.
-- 5: T-Core's sifting at the ratio 0.2 alone, all classes (in the paper the target class).
+- 5: T-Core's sifting in T2, all classes (in the paper the target class); other ratios than 0.2 by
+  `config/ratios.yaml`.
 - 6: the first column, 10 %. Poisons among the seeds count: SIG on SVHN, printed as 1 beside 6 among the
   seeds, is 7 here.
 - 7: distillation with the downstream set. Purified encoders are a stage of T-Core here and no model.

@@ -16,7 +16,7 @@ from tcore.files import InputError
 from tcore.settings import resolve
 
 ROOT = Path(__file__).resolve().parents[1]
-OVER_THE_PAPER = ("vit.yaml", "growth.yaml", "tis-aware.yaml")
+OVER_THE_PAPER = ("vit.yaml", "growth.yaml", "tis-aware.yaml", "ratios.yaml")
 CONFIG = {
     "seeds": [0],
     "pairs": [{"pretrain": "scenes", "downstream": "signs"}],

@@ -59,10 +59,27 @@ def test_what_two_tables_print_is_the_same():
         assert len(both) == shared and (both["value_x"] == both["value_y"]).all()
 
 
+def test_published_poisons_among_the_seeds_at_five_ratios():
+    """Cells without a poison, and poisons in all, by data set: counted in the paper apart from the file."""
+    found = REPORTED[REPORTED["table"] == 5]
+    counted = found.groupby("downstream")["value"].agg([lambda poisons: (poisons == 0).sum(), "sum", "size"])
+    assert {
+        name: tuple(row) for name, row in zip(counted.index, counted.to_numpy().tolist(), strict=True)
+    } == {
+        "stl10": (35, 0, 35),
+        "cifar10": (35, 0, 35),
+        "gtsrb": (34, 1, 35),
+        "svhn": (25, 39, 35),
+        "imagenet10": (34, 2, 35),
+    }
+    ratios = found["dataset_attack"].str.extract(r"_(\d+)$")[0].fillna("20")
+    assert ratios.value_counts().to_dict() == dict.fromkeys(("10", "15", "20", "25", "30"), 35)
+
+
 def test_every_published_number_has_its_cell_in_the_papers_grid():
-    names = ("vit", "growth", "tis-aware")
+    names = ("vit", "growth", "tis-aware", "ratios")
     overlays = [yaml.safe_load((ROOT / f"config/{name}.yaml").read_text()) for name in names]
-    cells = pd.concat([grid.cells(AXES | overlay) for overlay in ({}, *overlays)], ignore_index=True)
+    cells = pd.concat([grid.cells(AXES | overlay) for overlay in ({}, *overlays)]).drop_duplicates()
     wanted = REPORTED[tables.KEYS].drop_duplicates()
     assert len(wanted.merge(cells[cells["seed"] == 0])) == len(wanted)
     assert set(REPORTED["table"]) == set(tables.TITLES)

@@ -282,6 +282,17 @@ def test_a_table_of_the_paper_by_hand(sources, tmp_path):
         }
 
 
+def test_the_table_of_the_attacker_who_knows_sifting_by_hand(sources, tmp_path):
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text("seeds: [0]")
+    files = ("config/paper.yaml", "config/tis-aware.yaml", str(overlay))
+    jobs = counts(plan(sources, "--configfile", *files, "--", "table_12"))
+    # one pair and seed, four sizes of the perturbation, without and with T-Core
+    assert jobs["pretrain_encoder"] == jobs["poison_encoder"] == 1
+    assert jobs["poison_dataset"] == jobs["train_head"] == jobs["sift"] == jobs["bootstrap"] == 4
+    assert jobs["predict"] == jobs["evaluate"] == 2 * 4 and jobs["compare_tables"] == 1
+
+
 def test_a_variant_of_tcore_shares_all_but_bootstrapping(sources, tmp_path):
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text(
