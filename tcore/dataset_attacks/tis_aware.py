@@ -11,10 +11,11 @@ and the head's first two layers, where TIS looks, and D' the images of other cla
 is the trigger of a dirty-label poisoning: delta (3, H, W) in whole steps of 1/255, x + delta cut to 0..255 in
 the search as at test time.
 
-The paper states neither the distance, nor how the layers weigh, nor how delta is found. Here s_l makes layers
-count alike and the value without a trigger 1; delta takes steps of one size against the sign of the gradient,
-`passes` times over D', is cut to eps after each and rounded at the end. The attacker's head starts and trains
-with other random numbers than the user's.
+The paper searches over all of D, and states neither the distance, nor how the layers weigh, nor how delta is
+found. Here D' are the images that may become poisons; s_l makes layers count alike and the value without a
+trigger 1; delta takes steps of one size against the sign of the gradient, `passes` times over D', is cut to
+eps after each and rounded at the end. The attacker's head starts and trains with other random numbers than
+the user's.
 """
 
 from dataclasses import dataclass, replace
