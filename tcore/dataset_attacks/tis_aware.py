@@ -121,8 +121,9 @@ def poison(
     model = Classifier(own, head)
 
     layers = sift.activations(model, features)
-    trusted = torch.from_numpy(sift.sift(layers, labels, sift.Settings(**user["sift"]))["trusted"].to_numpy())
-    chosen, others = trusted.to(device) & (labels == target), labels != target
+    table = sift.sift(layers, labels, sift.Settings(**user["sift"]))
+    trusted = torch.tensor(table["trusted"].to_numpy(), device=device)
+    chosen, others = trusted & (labels == target), labels != target
     means = [layer[chosen].mean(0) for layer in layers]
     scales = [
         (layer[others] - mu).norm(dim=1).mean().clamp(min=1e-12)
