@@ -20,6 +20,7 @@ GRID = json.dumps({axis: experiment[axis] for axis in grid.AXES} | {"pairs": att
 STAND_INS = {  # the paper's data sets and ours in their place, for its tables
     entry["stands_for"]: name for name, entry in experiment["datasets"].items() if "stands_for" in entry
 }
+SHARED = experiment["encoder_seed"]  # the seed of the one clean encoder for all seeds, or None
 VICTIMS = grid.cells(experiment)
 CELLS = VICTIMS[VICTIMS["scenario"] != grid.RECEIVED]  # what an evaluator knows the truth about
 RECEIVED = VICTIMS[VICTIMS["scenario"] == grid.RECEIVED]  # what nobody does
@@ -281,10 +282,40 @@ def trusted_samples(wildcards):
     return f"data/defended/{CELL}/{file}".format(**wildcards) if file else []
 
 
-@signed
-def settings_of_growth(wildcards):
-    bootstrap = experiment["variants"][wildcards.defense]["settings"]
-    return canonical({"bootstrap": bootstrap, "head": experiment["methods"]["head"]})
+# T-Core and its variants, which share with it the stages before the first that differs
+
+
+def whose(defense, stage):
+    """In whose folder a variant of T-Core finds what a stage left behind: its own or T-Core's."""
+    return defense if defense == "tcore" or stage in experiment["variants"][defense]["own"] else "tcore"
+
+
+def with_own(stage):
+    """The pattern of T-Core and those variants that run a stage anew."""
+    return "|".join(name for name in GROWN if whose(name, stage) == name)
+
+
+def made_by(stage, file):
+    """A file that a stage left behind for T-Core or a variant of it; other defences have none."""
+
+    @signed
+    def path(wildcards):
+        if wildcards.defense not in GROWN:
+            return []
+        return f"data/defended/{CELL}/{whose(wildcards.defense, stage)}/{file}".format(**wildcards)
+
+    return path
+
+
+def settings_of_stage(stage, *methods):
+    """The settings of a stage of T-Core or of a variant of it, and of other methods."""
+
+    @signed
+    def found(wildcards):
+        own = experiment["variants"].get(wildcards.defense, {}).get("settings", experiment["methods"])
+        return canonical({stage: own[stage]} | {method: experiment["methods"][method] for method in methods})
+
+    return found
 
 
 @signed
@@ -321,22 +352,16 @@ def code_of_prediction(wildcards):
     return code("predict", *(() if wildcards.encoder_attack == grid.RECEIVED else attacks))(wildcards)
 
 
-def of_tcore(file):
-    """A file that T-Core left behind on its way; other defences leave none. Variants differ in the pool alone."""
-
-    @signed
-    def path(wildcards):
-        mine = wildcards.defense if file == "pool.parquet" else "tcore"
-        return f"data/defended/{CELL}/{mine}/{file}".format(**wildcards) if wildcards.defense in GROWN else []
-
-    return path
-
-
 @signed
 def identity(wildcards):
     """What a cell's rows in the results say about it."""
     scenario = grid.scenario(wildcards.encoder_attack, wildcards.dataset_attack)
     return canonical(dict(wildcards.items()) | {"seed": int(wildcards.seed), "scenario": scenario})
+
+
+def makers(stage):
+    """T-Core's cells, each with the variant that ran a stage for it."""
+    return CELLS_OF_TCORE.assign(defense=CELLS_OF_TCORE["defense"].map(lambda name: whose(name, stage)))
 
 
 def records(wildcards):
@@ -356,9 +381,8 @@ def records(wildcards):
         (rules.pretrain_on_poisons, ~on_weights),
     ):
         found.update(expand(step.output.record, zip, **CELLS[chosen]))
-    for step in (rules.sift, rules.expand, rules.filter_channels):
-        found.update(expand(step.output.record, zip, **CELLS_OF_TCORE))
-    found.update(expand(rules.bootstrap_variant.output.record, zip, **CELLS_OF_TCORE))
+    for stage in grid.STAGES:
+        found.update(expand(getattr(rules, stage).output.record, zip, **makers(stage)))
     found.update(expand(rules.defend.output.record, zip, **CELLS_OF_BASELINES))
     inputs = CELLS_OF_BASELINES[[experiment["variants"][d]["inputs"] for d in CELLS_OF_BASELINES["defense"]]]
     found.update(expand(rules.score_inputs.output.record, zip, **inputs))
@@ -398,13 +422,13 @@ def shown(wildcards):
         found.update(expand(split, dataset=set(CELLS["downstream"])))
     for file in ("train.parquet", "truth.parquet", "trigger.safetensors"):
         found.update(map(received(file), CELLS.to_dict("records")))
-    for choice in (
-        rules.sift.output.seeds,
-        rules.expand.output.subset,
-        rules.filter_channels.output.channels,
-        rules.bootstrap_variant.output.pool,
+    for stage, choice in (
+        ("sift", rules.sift.output.seeds),
+        ("expand", rules.expand.output.subset),
+        ("filter_channels", rules.filter_channels.output.channels),
+        ("bootstrap", rules.bootstrap.output.pool),
     ):
-        found.update(expand(choice, zip, **CELLS_OF_TCORE))
+        found.update(expand(choice, zip, **makers(stage)))
     return sorted(found)
 
 

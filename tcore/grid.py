@@ -14,6 +14,7 @@ from tcore import registry, settings
 SCENARIOS = ("clean", "T1", "T2", "T3", "T1+T2")
 RECEIVED = "received"  # scenario and both attacks of a pair whose encoder comes from outside: nobody knows
 AUDITED = ("none", "tcore")  # its defences
+STAGES = ("sift", "expand", "filter_channels", "bootstrap")  # of T-Core, in this order
 VICTIM = ("pretrain", "encoder_attack", "downstream", "dataset_attack", "seed")
 AXES = ("pairs", "scenarios", "encoder_attacks", "dataset_attacks", "defenses", "seeds")  # of a configuration
 COLUMNS = ("pretrain", "downstream", "encoder_attack", "dataset_attack", "scenario", "defense", "seed")

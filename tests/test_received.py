@@ -25,6 +25,7 @@ from tcore.data.sources import imagefolder, parquet
 from tcore.data.sources._reading import decode
 from tcore.files import InputError
 from tcore.models import head as heads
+from tcore.models.channels import layers
 from tcore.models.classifier import Classifier, save_classifier
 from tcore.models.encoder import ARCHITECTURES, Encoder, floats
 from tcore.models.export import export
@@ -233,7 +234,7 @@ def test_passes_count_what_bootstrapping_trains_on(monkeypatch):
     images = images_of(20, 20)
     untrusted = {
         name: torch.zeros(layer.out_channels, dtype=torch.bool)
-        for name, layer in filter_channels.layers(Encoder("resnet_tiny", 8)).items()
+        for name, layer in layers(Encoder("resnet_tiny", 8)).items()
     }
     bootstrap.bootstrap(
         Encoder("resnet_tiny", 8),

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from tcore import grid, results, tables
+from tcore import comparison, grid, results, tables
 from tcore.files import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -146,6 +146,28 @@ def test_the_page_says_what_is_there():
     assert widths == {9}
     empty = tables.markdown(9, tables.compare(9, REPORTED, cell(0, 0.80, 0.02)))
     assert "0 of 238 cells are there." in empty and "Means" not in empty
+
+
+def test_the_picture_shows_what_is_there():
+    found = pd.concat([cell(0, 0.80, 0.02), cell(0, 0.5, 0.9, defense="none")])
+    figure = comparison.draw(10, tables.compare(10, REPORTED, found))
+    accuracy, rate = figure.axes
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["ACC", "ASR, data set's trigger"]
+    names = [text.get_text() for text in accuracy.get_yticklabels()]
+    assert sorted(names) == ["none", "tcore"]
+    published, reproduced = (line.get_xdata() for line in accuracy.lines)
+    assert [published[names.index(name)] for name in ("none", "tcore")] == [84.72, 87.31]
+    assert [reproduced[names.index(name)] for name in ("none", "tcore")] == pytest.approx([50, 80])
+    low, high = accuracy.collections[1].get_segments()[names.index("tcore")][:, 0]
+    assert (low, high) == pytest.approx((79, 81))
+    assert sorted(rate.lines[1].get_xdata()) == pytest.approx([2, 90])
+    assert (
+        not comparison.draw(9, tables.compare(9, REPORTED, cell(0, 0.8, 0.02)))
+        .axes[0]
+        .lines[0]
+        .get_xdata()
+        .size
+    )
 
 
 def rows_of(page: str) -> list[list[str]]:

@@ -121,7 +121,7 @@ def poison(
     model = Classifier(own, head)
 
     layers = sift.activations(model, features)
-    table = sift.sift(layers, labels, sift.Settings(**user["sift"]))
+    table = sift.sift(layers, labels, sift.Settings(**user["sift"]), seed)
     trusted = torch.tensor(table["trusted"].to_numpy(), device=device)
     chosen, others = trusted & (labels == target), labels != target
     means = [layer[chosen].mean(0) for layer in layers]
