@@ -41,7 +41,7 @@ TOLD = "encoder"
 
 @dataclass(frozen=True)
 class Settings:
-    ratio: float | None = 0.2  # share of poisons in the target class after poisoning [T-Core, 5.1; here open]
+    ratio: float | None = 0.2  # share of poisons in the target class after poisoning [open; T-Core's usual]
     rate: float | None = None  # instead of ratio (then null): share of poisons in the whole set
     poisons: int | None = None  # instead of ratio (then null): number of poisons
     eps: int = 8  # largest change of a pixel, in 1/255 [T-Core, table 12: 4, 8, 12, 16]
