@@ -3,6 +3,7 @@ import hashlib
 import inspect
 import json
 
+from snakemake.common import overwrite_function_params
 from snakemake.exceptions import WorkflowError
 
 from tcore import grid, provenance, registry, tables
@@ -41,8 +42,8 @@ wildcard_constraints:
 
 
 def signed(function):
-    """`function` with its signature at hand; Snakemake asks for it twice a job, which takes longer than most calls."""
-    function.__signature__ = inspect.signature(function)
+    """`function` with its parameters at hand: Snakemake asks for them at every call, which takes longer than most."""
+    overwrite_function_params(function, inspect.signature(function).parameters)
     return function
 
 
@@ -53,6 +54,8 @@ def methods_named(wildcards, *attacks):
 
 def code(script, *attacks):
     """The digest of a rule's script and of the methods that its wildcards `attacks` name."""
+    if not attacks:
+        return provenance.code(script)
 
     @signed
     def digest(wildcards):
@@ -203,18 +206,6 @@ def attacks_on(weights):
 # What comes from outside
 
 
-def known(path):
-    """A file about an attack; there is none where nobody knows of one."""
-
-    @signed
-    def found(wildcards):
-        if wildcards.encoder_attack == grid.RECEIVED:
-            return []
-        return path(wildcards) if callable(path) else path.format(**wildcards)
-
-    return found
-
-
 @signed
 def checked(wildcards):
     """What has to be looked at before anything that takes long is done with files from outside."""
@@ -244,6 +235,21 @@ def of_kind(kind):
     """The pattern of all variants of one kind."""
     names = CELLS.loc[CELLS["defense"].isin(experiment["variants"]), "defense"].unique()
     return "|".join(name for name in names if experiment["variants"][name]["kind"] == kind) or "(?!)"
+
+
+def of_variant(key):
+    """An entry of the variant of a defence that the wildcard names."""
+
+    @signed
+    def entry(wildcards):
+        return experiment["variants"][wildcards.defense][key]
+
+    return entry
+
+
+@signed
+def share_of_trusted(wildcards):
+    return experiment["variants"][wildcards.defense]["trusted"]["share"]
 
 
 @signed
@@ -296,12 +302,10 @@ def with_own(stage):
 
 
 def made_by(stage, file):
-    """A file that a stage left behind for T-Core or a variant of it; other defences have none."""
+    """A file that a stage left behind for T-Core or a variant of it."""
 
     @signed
     def path(wildcards):
-        if wildcards.defense not in GROWN:
-            return []
         return f"data/defended/{CELL}/{whose(wildcards.defense, stage)}/{file}".format(**wildcards)
 
     return path
@@ -324,32 +328,47 @@ def oracle(wildcards):
     return f"data/defended/{CELL}/{{defense}}/given/oracle.json".format(**wildcards) if known else []
 
 
-def of_baseline(file, kind=None):
-    """A file that a baseline defence (of one kind) left behind; other defences leave none."""
-
-    @signed
-    def path(wildcards):
-        variant = experiment["variants"].get(wildcards.defense)
-        fits = variant and variant["kind"] in ((kind,) if kind else ("model", "detector"))
-        return f"data/defended/{CELL}/{{defense}}/{file}".format(**wildcards) if fits else []
-
-    return path
-
-
-@signed
-def scored_inputs(wildcards):
-    """An input detector's scores of test images; other defences have none."""
-    inputs = experiment["variants"].get(wildcards.defense, {}).get("inputs")
-    return f"data/results/{CELL}/{{defense}}/inputs.parquet".format(**wildcards) if inputs else []
-
-
 # Evaluation
 
 
 @signed
+def triggers(wildcards):
+    """What test images may carry; nothing where nobody knows of an attack."""
+    if wildcards.encoder_attack == grid.RECEIVED:
+        return {}
+    encoder = "data/encoders/{pretrain}-{encoder_attack}/{downstream}/{seed}/trigger.safetensors"
+    return {
+        "encoder_trigger": encoder.format(**wildcards),
+        "dataset_trigger": received("trigger.safetensors")(wildcards),
+    }
+
+
+@signed
+def left_behind(wildcards):
+    """What a cell's defence left behind beside its model."""
+    victim, name = f"data/defended/{CELL}".format(**wildcards), wildcards.defense
+    if name in GROWN:
+        return {
+            "seeds": f"{victim}/{whose(name, 'sift')}/seeds.parquet",
+            "subset": f"{victim}/{whose(name, 'expand')}/subset.parquet",
+            "channels": f"{victim}/{whose(name, 'filter_channels')}/channels.safetensors",
+            "pool": f"{victim}/{name}/pool.parquet",
+        }
+    if name not in experiment["variants"]:
+        return {}
+    variant, found = experiment["variants"][name], {"defended": f"{victim}/{name}/defend.run.json"}
+    if variant["kind"] == "detector":
+        found["samples"] = f"{victim}/{name}/samples.parquet"
+    if variant["inputs"]:
+        found["inputs"] = f"data/results/{CELL}/{name}/inputs.parquet".format(**wildcards)
+    return found
+
+
+@signed
 def code_of_prediction(wildcards):
-    attacks = ("encoder_attack", "dataset_attack")
-    return code("predict", *(() if wildcards.encoder_attack == grid.RECEIVED else attacks))(wildcards)
+    if wildcards.encoder_attack == grid.RECEIVED:
+        return code("predict")
+    return code("predict", "encoder_attack", "dataset_attack")(wildcards)
 
 
 @signed

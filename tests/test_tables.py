@@ -214,13 +214,14 @@ def test_latex_compiles(tmp_path):
         )
     inputs = "\n".join(rf"\input{{{number}}}" for number in tables.TITLES)
     (tmp_path / "all.tex").write_text(
-        "\\documentclass{article}\\usepackage{booktabs,longtable}\\begin{document}\n"
+        "\\documentclass{article}\\usepackage{booktabs,longtable}\\usepackage[a4paper,margin=2cm]{geometry}\\begin{document}\n"
         + inputs
         + "\n\\end{document}\n"
     )
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-2000:]
+    assert "Overfull" not in run.stdout  # nothing sticks out into the margin
 
 
 def test_a_damaged_file_of_published_numbers_is_refused(tmp_path):
