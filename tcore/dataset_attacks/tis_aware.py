@@ -41,7 +41,7 @@ TOLD = "encoder"
 
 @dataclass(frozen=True)
 class Settings:
-    ratio: float | None = 0.2  # share of poisons in the target class after poisoning [T-Core, 5.1; here open]
+    ratio: float | None = 0.2  # share of poisons in the target class after poisoning [open; T-Core's usual]
     rate: float | None = None  # instead of ratio (then null): share of poisons in the whole set
     poisons: int | None = None  # instead of ratio (then null): number of poisons
     eps: int = 8  # largest change of a pixel, in 1/255 [T-Core, table 12: 4, 8, 12, 16]
@@ -121,7 +121,7 @@ def poison(
     model = Classifier(own, head)
 
     layers = sift.activations(model, features)
-    table = sift.sift(layers, labels, sift.Settings(**user["sift"]))
+    table = sift.sift(layers, labels, sift.Settings(**user["sift"]), seed)
     trusted = torch.tensor(table["trusted"].to_numpy(), device=device)
     chosen, others = trusted & (labels == target), labels != target
     means = [layer[chosen].mean(0) for layer in layers]
