@@ -18,9 +18,10 @@ not the data: a backdoored encoder deceives witnesses (measured: docs/results.md
 the paper.
 
 Not in the paper, hence settings marked [open]: lambda, steps, optimiser, how Y* is drawn, and whether the
-loss is ranked over all classes (the paper's algorithm, literally) or within each class. Confusion has to be
-strong: where the head still knows most trusted samples after it, the largest losses are those of images that
-look like another class, and poisons with a weak trigger are among them (measured: docs/fidelity.md).
+loss is ranked over all classes (the paper's algorithm, literally) or within each class. How strong confusion
+is weighs two things (measured: docs/fidelity.md). Where the head still knows most trusted samples after it,
+the largest losses are those of images that look like another class, and poisons with a weak trigger are among
+them; where it knows next to none, the subset is clean of those too, but the model grown from it is worse.
 """
 
 from dataclasses import dataclass
@@ -42,10 +43,10 @@ class Settings:
     subset_share: float = 0.1  # q, size of the clean subset as a share of D [paper: 4.1.2; 5.2 says 0.2]
     round_share: float = 0.05  # r_expand, share of the rest added per round [paper: App. A]
     per_class: bool = True  # rank losses within each class [paper: over all classes]
-    trust: float = 0.05  # lambda of eq. 3, weight of the untrusted data [open; CT]
-    wrong_label: str = "random"  # random: any other class; shifted: prediction plus a rotating offset [open]
+    trust: float = 0.3  # lambda of eq. 3, weight of the untrusted data [open; CT 0.05]
+    wrong_label: str = "shifted"  # shifted: prediction plus a rotating offset; random: any other class [open]
     epochs: int = 20  # head training before each confusion [open]
-    steps: int = 2000  # confusion steps; 0: the loss of the head as trained, without confusion [open]
+    steps: int = 500  # confusion steps; 0: the loss of the head as trained, without confusion [open]
     lr: float = 1e-2  # SGD's rate in confusion, momentum 0.9 [open]
     batch: int = 128  # images of either kind per confusion step [open]
     witnesses: int = 0  # heads trained on the clean subset alone that are asked too [ours]
