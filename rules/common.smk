@@ -5,7 +5,7 @@ import json
 
 from snakemake.exceptions import WorkflowError
 
-from tcore import grid, provenance, registry, tables
+from tcore import grid, paper_figure, provenance, registry, tables
 from tcore.config import require_files, validate
 from tcore.files import InputError
 
@@ -34,9 +34,10 @@ wildcard_constraints:
     downstream="|".join(VICTIMS["downstream"].unique()),
     encoder_attack="|".join({"clean", *VICTIMS["encoder_attack"]}),
     dataset_attack="|".join({"clean", *VICTIMS["dataset_attack"]}),
-    defense="|".join(VICTIMS["defense"].unique()),
+    defense="|".join({"ct", *VICTIMS["defense"]}),  # figure 2 grants CT clean samples in any grid
     seed="[0-9]+",
     table="[0-9]+",
+    figure="[0-9]+",
 
 
 def signed(function):
@@ -371,6 +372,37 @@ def metrics_of_table(wildcards):
             f"table {wildcards.table}: no cell of the grid is in it; run with --configfile config/paper.yaml"
         )
     return expand(rules.evaluate.output.metrics, zip, **own)
+
+
+def figures_in_grid():
+    """The paper's figures of which the grid has victims."""
+    return [number for number in paper_figure.numbers() if len(paper_figure.cells(number, CELLS))]
+
+
+def measured_of_figure(wildcards):
+    """What is measured of the grid's victims that one of the paper's figures is about."""
+    number = int(wildcards.figure)
+    victims = paper_figure.cells(number, CELLS)
+    if victims.empty:
+        raise WorkflowError(
+            f"figure {number}: no cell of the grid is in it; it needs {paper_figure.wanted(number)}"
+        )
+    return expand(rules.measure_figure.output.measured, zip, **victims, figure=[number] * len(victims))
+
+
+def code_of_figure(wildcards):
+    """The digest of a figure's own file; those of the scripts stand beside it."""
+    return provenance.code("measure_figure", f"paper_figures/{paper_figure.name(wildcards.figure)}")
+
+
+def settings_of_figure(wildcards):
+    return settings(*paper_figure.methods(wildcards.figure))
+
+
+def trusted_for_figure(wildcards):
+    """The table of trusted samples that a figure takes; most take none."""
+    file = paper_figure.declared(wildcards.figure).get("TRUSTED")
+    return f"data/defended/{CELL}/{file}".format(**wildcards) if file else []
 
 
 def shown(wildcards):

@@ -1,0 +1,63 @@
+"""The paper's figures, measured on the grid's victims: what a file `tcore/paper_figures/figure_<n>.py` says.
+
+They are published as pictures, without their numbers, so there is nothing to compare digit by digit. Each
+file measures what its figure is about and says in a sentence what the paper reports. It is the evaluator's:
+it may see the truth, triggers and test images.
+
+    CELLS     scenario -> the attacks that the figure is about, None: all of the grid; a literal
+    METHODS   the methods whose settings it takes beside its own and the head's; a literal
+    TRUSTED   optional: the table of trusted samples that it takes, below the victim's folder; a literal
+    TITLE, CAPTION                     what is shown; what the paper reports and what to compare
+    measure(victim, settings) -> rows  of one victim (`tcore/paper_figures/_victim.py`), a row a number;
+                                       `settings` by method
+    draw(rows) -> Figure               of all victims; `rows` then say whose they are (`IDENTITY`)
+
+Who plans imports this module and none of those: literals are read from the source.
+"""
+
+import pandas as pd
+
+from tcore import grid, registry, settings
+
+FAMILY = "paper_figures"
+IDENTITY = [column for column in grid.COLUMNS if column != "defense"]
+
+
+def name(figure: int) -> str:
+    return f"figure_{figure}"
+
+
+def numbers() -> list[int]:
+    """The figures that there are."""
+    return sorted(int(name.removeprefix("figure_")) for name in registry.names(FAMILY))
+
+
+def declared(figure: int) -> dict:
+    """CELLS, METHODS and, where there is one, TRUSTED."""
+    return settings.constants(registry.path(FAMILY, name(figure)))
+
+
+def cells(figure: int, cells: pd.DataFrame) -> pd.DataFrame:
+    """The victims, with IDENTITY, among a grid's cells (`tcore.grid.cells`) that a figure is about."""
+    victims = cells[IDENTITY].drop_duplicates(ignore_index=True)
+    about = pd.Series(False, index=victims.index)
+    for scenario, attacks in declared(figure)["CELLS"].items():
+        chosen = victims["scenario"] == scenario
+        if attacks is not None:
+            chosen &= victims["encoder_attack"].isin(attacks) | victims["dataset_attack"].isin(attacks)
+        about |= chosen
+    return victims[about]
+
+
+def methods(figure: int) -> list[str]:
+    """The methods whose settings a figure takes, its own among them if it has any."""
+    own = [name(figure)] if name(figure) in settings.methods() else []
+    return [*own, "head", *declared(figure)["METHODS"]]
+
+
+def wanted(figure: int) -> str:
+    """What a grid needs for a figure, in words."""
+    return " or ".join(
+        scenario if attacks is None else f"{scenario} with {' or '.join(attacks)}"
+        for scenario, attacks in declared(figure)["CELLS"].items()
+    )

@@ -1,0 +1,71 @@
+"""Figure 3: how fast the loss of clean and of poisoned samples falls while a head is trained.
+
+Methods that suppress poisons (ABL, CBD) need them to be learnt faster than clean samples. The head is the
+user's undefended one, from the same start through the same batches (`head` of the settings), and
+
+    value = mean CE(head_e(z_i), y_i),   z_i features, y_i labels as received, dropout off
+
+over the clean samples and over the poisons after e = 0..epochs passes, with Student's t interval over
+samples. The head of e passes is trained anew for each e, so that nothing but its length differs from the
+user's: at e = head.epochs it is the user's. Covers are in neither group. How many epochs the paper shows is
+not known.
+"""
+
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from tcore import metrics
+from tcore.models import head as heads
+from tcore.paper_figures import _drawing as drawing
+from tcore.paper_figures._victim import Victim
+
+CELLS = {"T2": ("badnets", "blended"), "T3": ("badencoder", "drupe")}
+METHODS = ()
+TITLE = "Figure 3: loss of clean and poisoned samples while the head is trained"
+CAPTION = (
+    "The paper reports that both fall alike with BadNets, clean ones faster with Blended, and poisons "
+    "faster only in the first epochs of T3; compare which curve is below."
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    epochs: int = 10  # passes up to which the loss is followed [open]
+
+
+def measure(victim: Victim, settings: dict) -> pd.DataFrame:
+    """Two rows per epoch: `epoch`, `group` (clean, poison), `n`, `value`, `low`, `high`."""
+    received = victim.received
+    groups = {"clean": ~victim.is_poison & ~victim.is_cover, "poison": victim.is_poison}
+    found = []
+    for epochs in range(Settings(**settings["figure_3"]).epochs + 1):
+        head = heads.new_head(
+            received.features.shape[1], received.classes, received.head, victim.seed, "head"
+        )
+        heads.fit_head(head, received.features, received.labels, epochs, victim.seed, "head", bar=False)
+        with torch.no_grad():
+            loss = F.cross_entropy(head(received.features), received.labels, reduction="none")
+        for group, rows in groups.items():
+            value, low, high = metrics.t_interval(loss[rows].cpu().numpy())
+            found.append([epochs, group, int(rows.sum()), value, low, high])
+    return pd.DataFrame(found, columns=["epoch", "group", "n", "value", "low", "high"])
+
+
+def draw(rows: pd.DataFrame) -> Figure:
+    victims = drawing.victims(rows)
+    figure, panels = drawing.panels(TITLE, CAPTION, len(victims))
+    for axes, (name, own) in zip(panels, victims, strict=True):
+        for group, colour, line in (("clean", drawing.GOOD, "-"), ("poison", drawing.BAD, "--")):
+            points = drawing.over_seeds(own[own["group"] == group], "epoch", float("inf"))
+            drawing.curve(axes, points, group, color=colour, linestyle=line)
+        axes.set_title(name, fontsize=drawing.SMALL)
+        axes.set_ylim(bottom=0)
+        axes.set(xlabel="epochs", ylabel="mean cross-entropy")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    drawing.legend(figure, panels[0])
+    return figure
