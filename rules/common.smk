@@ -37,7 +37,7 @@ wildcard_constraints:
     defense="|".join({"ct", *VICTIMS["defense"]}),  # figure 2 grants CT clean samples in any grid
     seed="[0-9]+",
     table="[0-9]+",
-    figure="[0-9]+",
+    paper_figure="figure_[0-9]+",
 
 
 def signed(function):
@@ -376,32 +376,27 @@ def metrics_of_table(wildcards):
 
 def figures_in_grid():
     """The paper's figures of which the grid has victims."""
-    return [number for number in paper_figure.numbers() if len(paper_figure.cells(number, CELLS))]
+    return [figure for figure in paper_figure.names() if len(paper_figure.victims(figure, CELLS))]
 
 
 def measured_of_figure(wildcards):
     """What is measured of the grid's victims that one of the paper's figures is about."""
-    number = int(wildcards.figure)
-    victims = paper_figure.cells(number, CELLS)
+    figure = wildcards.paper_figure
+    victims = paper_figure.victims(figure, CELLS)
     if victims.empty:
         raise WorkflowError(
-            f"figure {number}: no cell of the grid is in it; it needs {paper_figure.wanted(number)}"
+            f"{figure}: no cell of the grid is in it; it needs {paper_figure.wanted(figure)}"
         )
-    return expand(rules.measure_figure.output.measured, zip, **victims, figure=[number] * len(victims))
-
-
-def code_of_figure(wildcards):
-    """The digest of a figure's own file; those of the scripts stand beside it."""
-    return provenance.code("measure_figure", f"paper_figures/{paper_figure.name(wildcards.figure)}")
+    return expand(rules.measure_figure.output.measured, zip, **victims.assign(paper_figure=figure))
 
 
 def settings_of_figure(wildcards):
-    return settings(*paper_figure.methods(wildcards.figure))
+    return settings(*paper_figure.methods(wildcards.paper_figure))
 
 
 def trusted_for_figure(wildcards):
     """The table of trusted samples that a figure takes; most take none."""
-    file = paper_figure.declared(wildcards.figure).get("TRUSTED")
+    file = paper_figure.declared(wildcards.paper_figure).get("TRUSTED")
     return f"data/defended/{CELL}/{file}".format(**wildcards) if file else []
 
 

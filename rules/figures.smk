@@ -12,23 +12,22 @@ rule measure_figure:
         encoder_trigger="data/encoders/{pretrain}-{encoder_attack}/{downstream}/{seed}/trigger.safetensors",
         dataset_trigger=received("trigger.safetensors"),
     output:
-        measured="data/results/<cell>/figure_{figure}/measured.parquet",
-        record="data/results/<cell>/figure_{figure}/measure_figure.run.json",
+        measured="data/results/<cell>/{paper_figure}/measured.parquet",
+        record="data/results/<cell>/{paper_figure}/measure_figure.run.json",
     log:
-        "<logs>/measure_figure/<cell>/{figure}.log",
+        "<logs>/measure_figure/<cell>/{paper_figure}.log",
     resources:
         gpu=1,
     params:
-        code=code("measure_figure", "encoder_attack", "dataset_attack"),
-        figure=code_of_figure,
+        code=code("measure_figure", "paper_figure", "encoder_attack", "dataset_attack"),
         settings=settings_of_figure,
         identity=identity,
         optional=flags("trusted"),
     message:
-        "Figure {wildcards.figure} of the paper: {wildcards.encoder_attack}, {wildcards.dataset_attack}"
+        "The paper's {wildcards.paper_figure}: {wildcards.encoder_attack}, {wildcards.dataset_attack}"
         " (seed {wildcards.seed})"
     shell:
-        "python scripts/measure_figure.py --figure {wildcards.figure} --model {input.model}"
+        "python scripts/measure_figure.py --figure {wildcards.paper_figure} --model {input.model}"
         " --features {input.features} --images {input.images} {params.optional} --truth {input.truth}"
         " --test {input.test} --encoder-trigger {input.encoder_trigger} --dataset-trigger {input.dataset_trigger}"
         " --settings {params.settings:q} --identity {params.identity:q}"
@@ -39,32 +38,31 @@ rule draw_figure:
     input:
         measured=measured_of_figure,
     output:
-        picture="data/results/figures/figure_{figure}.png",
-        csv="data/results/figures/figure_{figure}.csv",
-        record="data/results/figures/figure_{figure}.run.json",
+        picture="data/results/figures/{paper_figure}.png",
+        csv="data/results/figures/{paper_figure}.csv",
+        record="data/results/figures/{paper_figure}.run.json",
     log:
-        "<logs>/draw_figure/{figure}.log",
+        "<logs>/draw_figure/{paper_figure}.log",
     params:
-        code=code("draw_figure"),
-        figure=code_of_figure,
+        code=code("draw_figure", "paper_figure"),
     message:
-        "Drawing figure {wildcards.figure} of the paper"
+        "Drawing the paper's {wildcards.paper_figure}"
     shell:
-        "python scripts/draw_figure.py --figure {wildcards.figure} --measured {input.measured}"
+        "python scripts/draw_figure.py --figure {wildcards.paper_figure} --measured {input.measured}"
         " --picture {output.picture} --csv {output.csv} --record {output.record} > {log} 2>&1"
 
 
 rule figures:
     input:
-        expand("data/results/figures/figure_{figure}.png", figure=figures_in_grid()),
+        expand("data/results/figures/{paper_figure}.png", paper_figure=figures_in_grid()),
 
 
-for number in paper_figure.numbers():
+for figure in paper_figure.names():
 
     rule:
         name:
-            f"figure_{number}"
+            figure
         input:
-            f"data/results/figures/figure_{number}.png",
+            f"data/results/figures/{figure}.png",
         message:
             "Open {input}"

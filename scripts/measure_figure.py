@@ -13,7 +13,7 @@ from tcore.run import record
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--figure", required=True, type=int, choices=paper_figure.numbers())
+    parser.add_argument("--figure", required=True, choices=paper_figure.names())
     parser.add_argument("--model", required=True, help="the undefended classifier")
     parser.add_argument("--features", required=True, help="its encoder's features of the images")
     parser.add_argument("--images", required=True, help="the data set received (Parquet)")
@@ -34,7 +34,7 @@ def main() -> None:
     args = parser.parse_args()
 
     device, seed = devices.pick(), args.identity["seed"]
-    figure = registry.load(paper_figure.FAMILY, paper_figure.name(args.figure))
+    figure = registry.load(paper_figure.FAMILY, args.figure)
     with record(args.record, "measure_figure", args.settings, seed, device):
         victim = _victim.read(
             model=args.model,

@@ -23,39 +23,35 @@ FAMILY = "paper_figures"
 IDENTITY = [column for column in grid.COLUMNS if column != "defense"]
 
 
-def name(figure: int) -> str:
-    return f"figure_{figure}"
+def names() -> list[str]:
+    """The figures that there are, as `figure_1`."""
+    return registry.names(FAMILY)
 
 
-def numbers() -> list[int]:
-    """The figures that there are."""
-    return sorted(int(name.removeprefix("figure_")) for name in registry.names(FAMILY))
-
-
-def declared(figure: int) -> dict:
+def declared(figure: str) -> dict:
     """CELLS, METHODS and, where there is one, TRUSTED."""
-    return settings.constants(registry.path(FAMILY, name(figure)))
+    return settings.constants(registry.path(FAMILY, figure))
 
 
-def cells(figure: int, cells: pd.DataFrame) -> pd.DataFrame:
+def victims(figure: str, cells: pd.DataFrame) -> pd.DataFrame:
     """The victims, with IDENTITY, among a grid's cells (`tcore.grid.cells`) that a figure is about."""
-    victims = cells[IDENTITY].drop_duplicates(ignore_index=True)
-    about = pd.Series(False, index=victims.index)
+    found = cells[IDENTITY].drop_duplicates(ignore_index=True)
+    about = pd.Series(False, index=found.index)
     for scenario, attacks in declared(figure)["CELLS"].items():
-        chosen = victims["scenario"] == scenario
+        chosen = found["scenario"] == scenario
         if attacks is not None:
-            chosen &= victims["encoder_attack"].isin(attacks) | victims["dataset_attack"].isin(attacks)
+            chosen &= found["encoder_attack"].isin(attacks) | found["dataset_attack"].isin(attacks)
         about |= chosen
-    return victims[about]
+    return found[about]
 
 
-def methods(figure: int) -> list[str]:
+def methods(figure: str) -> list[str]:
     """The methods whose settings a figure takes, its own among them if it has any."""
-    own = [name(figure)] if name(figure) in settings.methods() else []
+    own = [figure] if figure in settings.methods() else []
     return [*own, "head", *declared(figure)["METHODS"]]
 
 
-def wanted(figure: int) -> str:
+def wanted(figure: str) -> str:
     """What a grid needs for a figure, in words."""
     return " or ".join(
         scenario if attacks is None else f"{scenario} with {' or '.join(attacks)}"

@@ -40,9 +40,10 @@ def sheet(
     across = max(columns * width, 5.4)
     figure = Figure(figsize=(across, rows * height + 1.1), layout="constrained", facecolor=PAPER)
     figure.get_layout_engine().set(wspace=0.06, hspace=0.06)
-    figure.suptitle(textwrap.fill(title, int(13 * across)), x=0.01, ha="left", weight="bold")
-    text = textwrap.fill(caption, int(17 * across))
-    figure.supxlabel(text, x=0.01, ha="left", fontsize=SMALL, color=MUTED)
+    title = textwrap.fill(title, int(11 * across))
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10, weight="bold")
+    caption = textwrap.fill(caption, int(14 * across), break_on_hyphens=False)
+    figure.supxlabel(caption, x=0.01, ha="left", fontsize=SMALL, color=MUTED)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
@@ -69,11 +70,9 @@ def curve(axes: Axes, points: pd.DataFrame, label: str, **style) -> None:
     )
 
 
-def legend(figure: Figure, axes: Axes) -> None:
-    """One legend for all panels, from those of one."""
-    figure.legend(
-        *axes.get_legend_handles_labels(), loc="outside upper right", frameon=False, ncols=4, fontsize=SMALL
-    )
+def legend(axes: Axes) -> None:
+    """What is what; in one panel for all."""
+    axes.legend(frameon=True, framealpha=0.8, edgecolor="none", fontsize=SMALL)
 
 
 def percent(axis) -> None:

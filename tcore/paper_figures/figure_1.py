@@ -66,5 +66,5 @@ def draw(rows: pd.DataFrame) -> Figure:
         text = f"AUROC: distance {found['distance']:.2f}, spectral {found['spectral']:.2f}"
         axes.set_xlabel(text, fontsize=drawing.SMALL)
         axes.set(xticks=[], yticks=[])
-    drawing.legend(figure, panels[0])
+    drawing.legend(panels[0])
     return figure

@@ -80,5 +80,5 @@ def draw(rows: pd.DataFrame) -> Figure:
         axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="share of the class, smallest losses first")
         drawing.percent(axes.xaxis)
         drawing.percent(axes.yaxis)
-    drawing.legend(figure, panels[0])
+    drawing.legend(panels[0])
     return figure

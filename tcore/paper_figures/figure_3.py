@@ -6,9 +6,8 @@ user's undefended one, from the same start through the same batches (`head` of t
     value = mean CE(head_e(z_i), y_i),   z_i features, y_i labels as received, dropout off
 
 over the clean samples and over the poisons after e = 0..epochs passes, with Student's t interval over
-samples. The head of e passes is trained anew for each e, so that nothing but its length differs from the
-user's: at e = head.epochs it is the user's. Covers are in neither group. How many epochs the paper shows is
-not known.
+samples. At e = head.epochs it is the user's head. Covers are in neither group. How many epochs the paper
+shows is not known.
 """
 
 from dataclasses import dataclass
@@ -40,19 +39,22 @@ class Settings:
 
 def measure(victim: Victim, settings: dict) -> pd.DataFrame:
     """Two rows per epoch: `epoch`, `group` (clean, poison), `n`, `value`, `low`, `high`."""
-    received = victim.received
+    received, device = victim.received, victim.received.device
+    features, labels = received.features, received.labels
     groups = {"clean": ~victim.is_poison & ~victim.is_cover, "poison": victim.is_poison}
     found = []
-    for epochs in range(Settings(**settings["figure_3"]).epochs + 1):
-        head = heads.new_head(
-            received.features.shape[1], received.classes, received.head, victim.seed, "head"
-        )
-        heads.fit_head(head, received.features, received.labels, epochs, victim.seed, "head", bar=False)
-        with torch.no_grad():
-            loss = F.cross_entropy(head(received.features), received.labels, reduction="none")
+
+    @torch.no_grad()
+    def look(head: heads.Head) -> None:
+        loss, epoch = F.cross_entropy(head(features), labels, reduction="none"), len(found) // len(groups)
         for group, rows in groups.items():
-            value, low, high = metrics.t_interval(loss[rows].cpu().numpy())
-            found.append([epochs, group, int(rows.sum()), value, low, high])
+            interval = metrics.t_interval(loss[rows].cpu().numpy())
+            found.append([epoch, group, int(rows.sum()), *interval])
+
+    head = heads.new_head(features.shape[1], received.classes, received.head, victim.seed, "head").to(device)
+    look(head.eval())
+    epochs = Settings(**settings["figure_3"]).epochs
+    heads.fit_head(head, features, labels, epochs, victim.seed, "head", watch=look)
     return pd.DataFrame(found, columns=["epoch", "group", "n", "value", "low", "high"])
 
 
@@ -67,5 +69,5 @@ def draw(rows: pd.DataFrame) -> Figure:
         axes.set_ylim(bottom=0)
         axes.set(xlabel="epochs", ylabel="mean cross-entropy")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    drawing.legend(figure, panels[0])
+    drawing.legend(panels[0])
     return figure

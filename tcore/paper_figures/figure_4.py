@@ -88,5 +88,5 @@ def draw(rows: pd.DataFrame) -> Figure:
             axes.set_xlabel("u", fontsize=drawing.SMALL)
             drawing.percent(axes.yaxis)
         line[0].set_title(name, fontsize=drawing.SMALL, loc="left")
-    drawing.legend(figure, grid[0, 1])
+    drawing.legend(grid[0, 1])
     return figure

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MultipleLocator
 
 from tcore import metrics
 from tcore.paper_figures import _drawing as drawing
@@ -28,8 +29,8 @@ METHODS = ("expand",)
 TRUSTED = "tcore/seeds.parquet"
 TITLE = "Figure 6: poisons among the largest losses of the target class after confusion"
 CAPTION = (
-    "The paper reports next to no poisons up to a tail of about 1 % and more from 5 % on, most for Adap- "
-    "Patch, WaNet and Adap-Blend; compare where each curve leaves zero, and with chance (dotted)."
+    "The paper reports next to no poisons up to a tail of about 1 % and more from 5 % on, most for "
+    "Adap-Patch, WaNet and Adap-Blend; compare where each curve leaves zero, and with chance (dotted)."
 )
 
 
@@ -81,8 +82,9 @@ def draw(rows: pd.DataFrame) -> Figure:
             f"{pretrain} → {downstream}\n{ratio} % of the class are poisons", fontsize=drawing.SMALL
         )
         axes.set(xlim=(0, own["tail"].max()), xlabel="tail of the class, largest losses first")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(bottom=-0.02, top=max(0.3, own["high"].max()))
+        axes.xaxis.set_major_locator(MultipleLocator(0.05))
         drawing.percent(axes.xaxis)
         drawing.percent(axes.yaxis)
-        axes.legend(frameon=False, fontsize=drawing.SMALL)
+        drawing.legend(axes)
     return figure
