@@ -384,9 +384,7 @@ def measured_of_figure(wildcards):
     figure = wildcards.paper_figure
     victims = paper_figure.victims(figure, CELLS)
     if victims.empty:
-        raise WorkflowError(
-            f"{figure}: no cell of the grid is in it; it needs {paper_figure.wanted(figure)}"
-        )
+        raise WorkflowError(f"{figure}: no cell of the grid is in it; it needs {paper_figure.wanted(figure)}")
     return expand(rules.measure_figure.output.measured, zip, **victims.assign(paper_figure=figure))
 
 

@@ -18,6 +18,7 @@ Who plans imports this module and none of those: literals are read from the sour
 import pandas as pd
 
 from tcore import grid, registry, settings
+from tcore.files import InputError
 
 FAMILY = "paper_figures"
 IDENTITY = [column for column in grid.COLUMNS if column != "defense"]
@@ -49,6 +50,13 @@ def methods(figure: str) -> list[str]:
     """The methods whose settings a figure takes, its own among them if it has any."""
     own = [figure] if figure in settings.methods() else []
     return [*own, "head", *declared(figure)["METHODS"]]
+
+
+def scale(figure: str, step: float, end: float) -> list[float]:
+    """0, `step`, 2 `step`, ... up to `end`, for the figure's horizontal axis."""
+    if not 0 < step <= end:
+        raise InputError(f"methods.{figure}.step = {step} should be more than 0 and at most {end}")
+    return [round(k * step, 9) for k in range(int(end / step + 1e-9) + 1)]
 
 
 def wanted(figure: str) -> str:

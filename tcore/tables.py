@@ -21,7 +21,7 @@ from the paper's tables:
 
 Not among them, because the grid has no such cells: 12 (an attacker who knows T-Core's sifting), 16 (seconds
 by images per class: the size of a data set is no axis), 18. Figures 1 to 6 are published as pictures, without
-their numbers.
+their numbers; what they show is measured by targets of their own (`tcore/paper_figure.py`).
 """
 
 from pathlib import Path

@@ -149,6 +149,15 @@ def test_a_figure_declares_what_it_is(name):
     assert all(set(attacks or ()) <= known for attacks in declared["CELLS"].values())
 
 
+def test_scales_by_hand():
+    assert paper_figure.scale("figure_4", 0.1, 10.0)[:4] == [0, 0.1, 0.2, 0.3]
+    assert len(paper_figure.scale("figure_4", 0.1, 10.0)) == 101
+    assert paper_figure.scale("figure_2", 0.3, 1) == [0, 0.3, 0.6, 0.9]
+    for step in (0.0, -0.1, 0.3):
+        with pytest.raises(InputError, match=r"methods\.figure_6\.step = "):
+            paper_figure.scale("figure_6", step, 0.2)
+
+
 # --- figure 1 -------------------------------------------------------------------------------------
 
 

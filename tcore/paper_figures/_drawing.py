@@ -62,17 +62,17 @@ def over_seeds(rows: pd.DataFrame, by: str, largest: float = 1.0) -> pd.DataFram
     return pd.DataFrame.from_dict(found, orient="index", columns=["value", "low", "high"]).rename_axis(by)
 
 
-def curve(axes: Axes, points: pd.DataFrame, label: str, **style) -> None:
-    """A line through `over_seeds` with its interval as a band."""
+def curve(axes: Axes, points: pd.DataFrame, label: str, band: bool = True, **style) -> None:
+    """A line through `over_seeds`, with its interval as a band."""
     (line,) = axes.plot(points.index, points["value"], label=label, linewidth=1.5, **style)
-    axes.fill_between(
-        points.index, points["low"], points["high"], color=line.get_color(), alpha=0.15, linewidth=0
-    )
+    if band:
+        ends = (points["low"], points["high"])
+        axes.fill_between(points.index, *ends, color=line.get_color(), alpha=0.15, linewidth=0)
 
 
-def legend(axes: Axes) -> None:
-    """What is what; in one panel for all."""
-    axes.legend(frameon=True, framealpha=0.8, edgecolor="none", fontsize=SMALL)
+def legend(axes: Axes, **style) -> None:
+    """What is what; in one panel for all where it is the same in all."""
+    axes.legend(**{"framealpha": 0.8, "edgecolor": "none", "fontsize": SMALL} | style)
 
 
 def percent(axis) -> None:

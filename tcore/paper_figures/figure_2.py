@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from tcore import metrics
 from tcore.defense import in_blocks
 from tcore.defenses import ct
+from tcore.paper_figure import scale
 from tcore.paper_figures import _drawing as drawing
 from tcore.paper_figures._victim import Victim
 
@@ -38,7 +39,7 @@ CAPTION = (
 
 @dataclass(frozen=True)
 class Settings:
-    step: float = 0.01  # distance of the shares that are looked at, up to 1 [ours]
+    step: float = 0.01  # from one share to the next, up to 1 [open]
 
 
 def smallest(loss: np.ndarray, is_poison: np.ndarray, part: float) -> dict[str, float]:
@@ -50,16 +51,16 @@ def smallest(loss: np.ndarray, is_poison: np.ndarray, part: float) -> dict[str, 
 
 
 def measure(victim: Victim, settings: dict) -> pd.DataFrame:
-    """A row per share: `part`, `size`, `poisons`, `value`, `low`, `high`."""
-    received, step = victim.received, Settings(**settings["figure_2"]).step
+    """A row per share: `part`, `size`, `poisons`, `value`, `low`, `high`, `ratio` (of poisons at part 1)."""
+    received = victim.received
+    parts = scale("figure_2", Settings(**settings["figure_2"]).step, 1)[1:]
     network = ct.last_network(received, ct.Settings(**settings["ct"]), victim.seed)
     with torch.no_grad():
         loss = F.cross_entropy(in_blocks(network, received.inputs), received.labels, reduction="none")
     rows = victim.of_target
     loss, is_poison = loss[rows].cpu().numpy(), victim.is_poison[rows].cpu().numpy()
-    return pd.DataFrame(
-        [smallest(loss, is_poison, round(k * step, 9)) for k in range(1, round(1 / step) + 1)]
-    )
+    found = [smallest(loss, is_poison, part) for part in parts]
+    return pd.DataFrame(found).assign(ratio=is_poison.mean())
 
 
 def draw(rows: pd.DataFrame) -> Figure:
@@ -67,8 +68,7 @@ def draw(rows: pd.DataFrame) -> Figure:
     figure, panels = drawing.panels(TITLE, CAPTION, len(victims))
     for axes, (name, own) in zip(panels, victims, strict=True):
         points = drawing.over_seeds(own, "part")
-        whole = own[own["part"] == own["part"].max()]
-        poisons = (whole["poisons"] / whole["size"]).mean()
+        poisons = own["ratio"].mean()
         parts = points.index.to_numpy()
         drawing.curve(axes, points, "clean among them", color=drawing.GOOD)
         axes.plot(

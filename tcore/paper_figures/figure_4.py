@@ -16,12 +16,13 @@ from dataclasses import dataclass
 
 import pandas as pd
 from matplotlib.figure import Figure
-from tqdm import trange
+from tqdm import tqdm
 
 from tcore.defense import in_blocks
 from tcore.defenses import clp
 from tcore.defenses._training import SCOPES
 from tcore.models.encoder import extract_features
+from tcore.paper_figure import scale
 from tcore.paper_figures import _drawing as drawing
 from tcore.paper_figures._victim import Victim
 from tcore.stages.bootstrap import norms_behind
@@ -49,8 +50,7 @@ def measure(victim: Victim, settings: dict) -> pd.DataFrame:
     scopes = SCOPES if norms_behind(model.encoder) else ("head",)
     plain = features = [extract_features(model.encoder, view) for view in views]
     before, found = {}, []
-    for k in trange(round(own.highest / own.step) + 1, desc="clp", unit="u"):
-        u = round(k * own.step, 9)
+    for u in tqdm(scale("figure_4", own.step, own.highest), desc="clp", unit="u"):
         pruned, log = clp.repair(received, clp.Settings(u=u, scope="both"), victim.seed)
         gone = {
             part: {layer: c for layer, c in log["pruned"].items() if layer.startswith(part)}
@@ -85,8 +85,9 @@ def draw(rows: pd.DataFrame) -> Figure:
                 drawing.curve(axes, points, label, color=colour, linestyle=dashes)
             axes.set(xlim=(0, rows["u"].max()), ylim=(0, 1.02))
             axes.set_title(scope, fontsize=drawing.SMALL, loc="right")
-            axes.set_xlabel("u", fontsize=drawing.SMALL)
             drawing.percent(axes.yaxis)
         line[0].set_title(name, fontsize=drawing.SMALL, loc="left")
+    for axes in grid[-1]:
+        axes.set_xlabel("u")
     drawing.legend(grid[0, 1])
     return figure

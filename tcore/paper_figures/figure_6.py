@@ -8,8 +8,8 @@ samples labelled as the target that are no seeds, the share `tail` with the larg
 
 `ratio` is the share of poisons in the whole class (seeds included), which is how the paper counts: one
 panel for each ratio that a pair has. The paper's curves count poisons; `poisons` does, the curves here are
-shares, so that data sets of different sizes compare. Attacks that leave an encoder clean (T2) only, as in
-the paper.
+shares, so that data sets of different sizes compare; up to three attacks in a panel have their interval as
+a band, `low` and `high` are there for all. Attacks that leave an encoder clean (T2) only, as in the paper.
 """
 
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator
 
 from tcore import metrics
+from tcore.paper_figure import scale
 from tcore.paper_figures import _drawing as drawing
 from tcore.paper_figures._victim import Victim
 from tcore.stages import expand
@@ -51,6 +52,7 @@ def largest(loss: np.ndarray, is_poison: np.ndarray, tail: float) -> dict[str, f
 def measure(victim: Victim, settings: dict) -> pd.DataFrame:
     """A row per tail: `ratio`, `tail`, `size`, `poisons`, `value`, `low`, `high`."""
     received, own = victim.received, Settings(**settings["figure_6"])
+    tails = scale("figure_6", own.step, own.longest)[1:]
     loss = expand.confused_loss(
         received.features,
         received.labels,
@@ -63,28 +65,29 @@ def measure(victim: Victim, settings: dict) -> pd.DataFrame:
     )
     rows, labelled = victim.of_target, received.labels == victim.target
     loss, is_poison = loss[rows].cpu().numpy(), victim.is_poison[rows].cpu().numpy()
-    tails = [round(k * own.step, 9) for k in range(1, round(own.longest / own.step) + 1)]
     ratio = float(victim.is_poison[labelled].float().mean())
     return pd.DataFrame([{"ratio": ratio} | largest(loss, is_poison, tail) for tail in tails])
 
 
 def draw(rows: pd.DataFrame) -> Figure:
-    attacks = sorted(rows["dataset_attack"].unique())
-    colours = {attack: drawing.SEVERAL[k % len(drawing.SEVERAL)] for k, attack in enumerate(attacks)}
     rows = rows.assign(percent=(100 * rows["ratio"]).round().astype(int))
     groups = list(rows.groupby(["pretrain", "downstream", "percent"]))
-    figure, panels = drawing.panels(TITLE, CAPTION, len(groups), height=2.5)
+    figure, panels = drawing.panels(TITLE, CAPTION, len(groups), height=2.6)
     for axes, ((pretrain, downstream, ratio), own) in zip(panels, groups, strict=True):
-        for attack, mine in own.groupby("dataset_attack"):
-            drawing.curve(axes, drawing.over_seeds(mine, "tail"), attack, color=colours[attack])
+        attacks = list(own.groupby("dataset_attack"))
+        few = len(attacks) <= 3
+        for position, (attack, mine) in enumerate(attacks):
+            colour = drawing.SEVERAL[position % len(drawing.SEVERAL)]
+            drawing.curve(axes, drawing.over_seeds(mine, "tail"), attack, band=few, color=colour)
         axes.axhline(own["ratio"].mean(), color=drawing.MUTED, ls=":", lw=0.9)
         axes.set_title(
             f"{pretrain} → {downstream}\n{ratio} % of the class are poisons", fontsize=drawing.SMALL
         )
-        axes.set(xlim=(0, own["tail"].max()), xlabel="tail of the class, largest losses first")
-        axes.set_ylim(bottom=-0.02, top=max(0.3, own["high"].max()))
+        top = max(own["ratio"].max(), own["high" if few else "value"].max())
+        axes.set(xlim=(0, own["tail"].max()), ylim=(-0.03 * top, 1.5 * top))  # with room for the legend
+        axes.set_xlabel("tail of the class, largest losses first")
         axes.xaxis.set_major_locator(MultipleLocator(0.05))
         drawing.percent(axes.xaxis)
         drawing.percent(axes.yaxis)
-        drawing.legend(axes)
+        drawing.legend(axes, loc="upper left", ncols=2, fontsize=6.5)
     return figure
