@@ -40,9 +40,9 @@ def sheet(
     across = max(columns * width, 5.4)
     figure = Figure(figsize=(across, rows * height + 1.1), layout="constrained", facecolor=PAPER)
     figure.get_layout_engine().set(wspace=0.06, hspace=0.06)
-    title = textwrap.fill(title, int(11 * across))
+    title = textwrap.fill(title, int(13 * across))
     figure.suptitle(title, x=0.01, ha="left", fontsize=10, weight="bold")
-    caption = textwrap.fill(caption, int(14 * across), break_on_hyphens=False)
+    caption = textwrap.fill(caption, int(16 * across), break_on_hyphens=False)
     figure.supxlabel(caption, x=0.01, ha="left", fontsize=SMALL, color=MUTED)
     return figure, figure.subplots(rows, columns, squeeze=False)
 

@@ -151,12 +151,12 @@ def draw(rows: pd.DataFrame) -> Figure:
         acc, asr = own.groupby("seed")[["acc", "asr"]].first().mean()
         layers = by_layer[["layer", "correlation", "low", "high"]].first().reset_index()
         r = layers["correlation"]
-        right.axhline(0, color=drawing.MUTED, linewidth=0.8)
-        right.errorbar(
-            layers["depth"], r, (r - layers["low"], layers["high"] - r), fmt="o", ms=4, lw=1, color=colour
-        )
-        right.set(ylim=(-1, 1), ylabel="r")
+        right.axvline(0, color=drawing.MUTED, linewidth=0.8)
+        interval = (r - layers["low"], layers["high"] - r)
+        right.errorbar(r, layers["depth"], xerr=interval, fmt="o", ms=4, lw=1, color=colour)
+        right.set(xlim=(-1, 1), xlabel="r")
         names = layers.drop_duplicates("depth")
-        right.set_xticks(names["depth"], names["layer"], rotation=90, fontsize=6)
+        right.set_yticks(names["depth"], names["layer"], fontsize=6)
+        right.invert_yaxis()
         right.set_title(f"ACC {100 * acc:.1f} %, ASR {100 * asr:.1f} %", fontsize=drawing.SMALL, loc="right")
     return figure
