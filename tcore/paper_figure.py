@@ -8,8 +8,8 @@ it may see the truth, triggers and test images.
     METHODS   the methods whose settings it takes beside its own and the head's; a literal
     TRUSTED   optional: the table of trusted samples that it takes, below the victim's folder; a literal
     TITLE, CAPTION                     what is shown; what the paper reports and what to compare
-    measure(victim, settings) -> rows  of one victim (`tcore/paper_figures/_victim.py`), a row a number;
-                                       `settings` by method
+    measure(victim, settings) -> rows  tidy, of one victim (`tcore/paper_figures/_victim.py`); `settings` by
+                                       method; a share comes with its interval, `low` and `high`
     draw(rows) -> Figure               of all victims; `rows` then say whose they are (`IDENTITY`)
 
 Who plans imports this module and none of those: literals are read from the source.

@@ -7,9 +7,9 @@ undefended model's encoder, to its head, or to both, and the pruned model classi
     acc   as they are, share of right answers
     asr   with the trigger, share taken for what the attack wants of those it aims at (`metrics`)
 
-with Wilson's interval. It is a defender's only if u is not chosen by it: ASR needs the trigger. Parts are
-pruned by their own bounds, so one pruned model gives all three. An encoder without batch norm has no
-bounds; of it there is the head alone.
+with Wilson's interval. Only an evaluator can choose u by such curves: ASR needs the trigger. Parts are pruned
+by their own bounds, so one pruned model gives all three. An encoder without batch norm has no bounds; of it
+there is the head alone.
 """
 
 from dataclasses import dataclass
