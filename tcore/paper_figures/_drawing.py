@@ -40,7 +40,7 @@ def sheet(
     across = max(columns * width, 5.4)
     figure = Figure(figsize=(across, rows * height + 1.1), layout="constrained", facecolor=PAPER)
     figure.get_layout_engine().set(wspace=0.06, hspace=0.06)
-    title = textwrap.fill(title, int(13 * across))
+    title = textwrap.fill(title, int(12 * across))
     figure.suptitle(title, x=0.01, ha="left", fontsize=10, weight="bold")
     caption = textwrap.fill(caption, int(16 * across), break_on_hyphens=False)
     figure.supxlabel(caption, x=0.01, ha="left", fontsize=SMALL, color=MUTED)

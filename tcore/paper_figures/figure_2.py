@@ -30,7 +30,7 @@ from tcore.paper_figures._victim import Victim
 CELLS = {"T2": ("badnets", "blended")}
 METHODS = ("ct",)
 TRUSTED = "ct/given/granted.parquet"
-TITLE = "Figure 2: clean samples among the smallest losses of the target class after confusion training"
+TITLE = "Figure 2: the smallest losses of the target class after confusion training"
 CAPTION = (
     "The paper reports that the 40 % with the smallest losses are mostly clean, so that CT has no poisons "
     "to find; compare the curve at 40 % with chance (dotted) and with a perfect separation (dashed)."
@@ -71,9 +71,8 @@ def draw(rows: pd.DataFrame) -> Figure:
         poisons = own["ratio"].mean()
         parts = points.index.to_numpy()
         drawing.curve(axes, points, "clean among them", color=drawing.GOOD)
-        axes.plot(
-            parts, np.maximum(0, 1 - poisons / parts), color=drawing.MUTED, ls="--", lw=0.9, label="separated"
-        )
+        perfect = np.maximum(0, 1 - poisons / parts)
+        axes.plot(parts, perfect, color=drawing.INK, ls="--", lw=0.9, label="separated", zorder=3)
         axes.axhline(1 - poisons, color=drawing.MUTED, ls=":", lw=0.9, label="chance")
         axes.axvline(0.4, color=drawing.RULE, lw=0.8, zorder=0)
         axes.set_title(name, fontsize=drawing.SMALL)
