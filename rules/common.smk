@@ -3,6 +3,7 @@ import hashlib
 import inspect
 import json
 
+from snakemake.common import overwrite_function_params
 from snakemake.exceptions import WorkflowError
 
 from tcore import grid, paper_figure, provenance, registry, tables
@@ -20,6 +21,7 @@ GRID = json.dumps({axis: experiment[axis] for axis in grid.AXES} | {"pairs": att
 STAND_INS = {  # the paper's data sets and ours in their place, for its tables
     entry["stands_for"]: name for name, entry in experiment["datasets"].items() if "stands_for" in entry
 }
+SHARED = experiment["encoder_seed"]  # the seed of the one clean encoder for all seeds, or None
 VICTIMS = grid.cells(experiment)
 CELLS = VICTIMS[VICTIMS["scenario"] != grid.RECEIVED]  # what an evaluator knows the truth about
 RECEIVED = VICTIMS[VICTIMS["scenario"] == grid.RECEIVED]  # what nobody does
@@ -41,13 +43,15 @@ wildcard_constraints:
 
 
 def signed(function):
-    """`function` with its signature at hand; Snakemake asks for it twice a job, which takes longer than most calls."""
-    function.__signature__ = inspect.signature(function)
+    """`function` with its parameters at hand: Snakemake asks for them at every call, which takes longer than most."""
+    overwrite_function_params(function, inspect.signature(function).parameters)
     return function
 
 
 def code(script, *attacks):
     """The digest of a rule's script and of the methods that its wildcards `attacks` name."""
+    if not attacks:
+        return provenance.code(script)
 
     @signed
     def digest(wildcards):
@@ -185,18 +189,6 @@ def attacks_on(weights):
 # What comes from outside
 
 
-def known(path):
-    """A file about an attack; there is none where nobody knows of one."""
-
-    @signed
-    def found(wildcards):
-        if wildcards.encoder_attack == grid.RECEIVED:
-            return []
-        return path(wildcards) if callable(path) else path.format(**wildcards)
-
-    return found
-
-
 @signed
 def checked(wildcards):
     """What has to be looked at before anything that takes long is done with files from outside."""
@@ -226,6 +218,21 @@ def of_kind(kind):
     """The pattern of all variants of one kind."""
     names = CELLS.loc[CELLS["defense"].isin(experiment["variants"]), "defense"].unique()
     return "|".join(name for name in names if experiment["variants"][name]["kind"] == kind) or "(?!)"
+
+
+def of_variant(key):
+    """An entry of the variant of a defence that the wildcard names."""
+
+    @signed
+    def entry(wildcards):
+        return experiment["variants"][wildcards.defense][key]
+
+    return entry
+
+
+@signed
+def share_of_trusted(wildcards):
+    return experiment["variants"][wildcards.defense]["trusted"]["share"]
 
 
 @signed
@@ -264,10 +271,38 @@ def trusted_samples(wildcards):
     return f"data/defended/{CELL}/{file}".format(**wildcards) if file else []
 
 
-@signed
-def settings_of_growth(wildcards):
-    bootstrap = experiment["variants"][wildcards.defense]["settings"]
-    return canonical({"bootstrap": bootstrap, "head": experiment["methods"]["head"]})
+# T-Core and its variants, which share with it the stages before the first that differs
+
+
+def whose(defense, stage):
+    """In whose folder a variant of T-Core finds what a stage left behind: its own or T-Core's."""
+    return defense if defense == "tcore" or stage in experiment["variants"][defense]["own"] else "tcore"
+
+
+def with_own(stage):
+    """The pattern of T-Core and those variants that run a stage anew."""
+    return "|".join(name for name in GROWN if whose(name, stage) == name)
+
+
+def made_by(stage, file):
+    """A file that a stage left behind for T-Core or a variant of it."""
+
+    @signed
+    def path(wildcards):
+        return f"data/defended/{CELL}/{whose(wildcards.defense, stage)}/{file}".format(**wildcards)
+
+    return path
+
+
+def settings_of_stage(stage, *methods):
+    """The settings of a stage of T-Core or of a variant of it, and of other methods."""
+
+    @signed
+    def found(wildcards):
+        own = experiment["variants"].get(wildcards.defense, {}).get("settings", experiment["methods"])
+        return canonical({stage: own[stage]} | {method: experiment["methods"][method] for method in methods})
+
+    return found
 
 
 @signed
@@ -276,43 +311,47 @@ def oracle(wildcards):
     return f"data/defended/{CELL}/{{defense}}/given/oracle.json".format(**wildcards) if known else []
 
 
-def of_baseline(file, kind=None):
-    """A file that a baseline defence (of one kind) left behind; other defences leave none."""
-
-    @signed
-    def path(wildcards):
-        variant = experiment["variants"].get(wildcards.defense)
-        fits = variant and variant["kind"] in ((kind,) if kind else ("model", "detector"))
-        return f"data/defended/{CELL}/{{defense}}/{file}".format(**wildcards) if fits else []
-
-    return path
-
-
-@signed
-def scored_inputs(wildcards):
-    """An input detector's scores of test images; other defences have none."""
-    inputs = experiment["variants"].get(wildcards.defense, {}).get("inputs")
-    return f"data/results/{CELL}/{{defense}}/inputs.parquet".format(**wildcards) if inputs else []
-
-
 # Evaluation
 
 
 @signed
+def triggers(wildcards):
+    """What test images may carry; nothing where nobody knows of an attack."""
+    if wildcards.encoder_attack == grid.RECEIVED:
+        return {}
+    encoder = "data/encoders/{pretrain}-{encoder_attack}/{downstream}/{seed}/trigger.safetensors"
+    return {
+        "encoder_trigger": encoder.format(**wildcards),
+        "dataset_trigger": received("trigger.safetensors")(wildcards),
+    }
+
+
+@signed
+def left_behind(wildcards):
+    """What a cell's defence left behind beside its model."""
+    victim, name = f"data/defended/{CELL}".format(**wildcards), wildcards.defense
+    if name in GROWN:
+        return {
+            "seeds": f"{victim}/{whose(name, 'sift')}/seeds.parquet",
+            "subset": f"{victim}/{whose(name, 'expand')}/subset.parquet",
+            "channels": f"{victim}/{whose(name, 'filter_channels')}/channels.safetensors",
+            "pool": f"{victim}/{name}/pool.parquet",
+        }
+    if name not in experiment["variants"]:
+        return {}
+    variant, found = experiment["variants"][name], {"defended": f"{victim}/{name}/defend.run.json"}
+    if variant["kind"] == "detector":
+        found["samples"] = f"{victim}/{name}/samples.parquet"
+    if variant["inputs"]:
+        found["inputs"] = f"data/results/{CELL}/{name}/inputs.parquet".format(**wildcards)
+    return found
+
+
+@signed
 def code_of_prediction(wildcards):
-    attacks = ("encoder_attack", "dataset_attack")
-    return code("predict", *(() if wildcards.encoder_attack == grid.RECEIVED else attacks))(wildcards)
-
-
-def of_tcore(file):
-    """A file that T-Core left behind on its way; other defences leave none. Variants differ in the pool alone."""
-
-    @signed
-    def path(wildcards):
-        mine = wildcards.defense if file == "pool.parquet" else "tcore"
-        return f"data/defended/{CELL}/{mine}/{file}".format(**wildcards) if wildcards.defense in GROWN else []
-
-    return path
+    if wildcards.encoder_attack == grid.RECEIVED:
+        return code("predict")
+    return code("predict", "encoder_attack", "dataset_attack")(wildcards)
 
 
 @signed
@@ -320,6 +359,11 @@ def identity(wildcards):
     """What a cell's rows in the results say about it."""
     scenario = grid.scenario(wildcards.encoder_attack, wildcards.dataset_attack)
     return canonical(dict(wildcards.items()) | {"seed": int(wildcards.seed), "scenario": scenario})
+
+
+def makers(stage):
+    """T-Core's cells, each with the variant that ran a stage for it."""
+    return CELLS_OF_TCORE.assign(defense=CELLS_OF_TCORE["defense"].map(lambda name: whose(name, stage)))
 
 
 def records(wildcards):
@@ -339,9 +383,8 @@ def records(wildcards):
         (rules.pretrain_on_poisons, ~on_weights),
     ):
         found.update(expand(step.output.record, zip, **CELLS[chosen]))
-    for step in (rules.sift, rules.expand, rules.filter_channels):
-        found.update(expand(step.output.record, zip, **CELLS_OF_TCORE))
-    found.update(expand(rules.bootstrap_variant.output.record, zip, **CELLS_OF_TCORE))
+    for stage in grid.STAGES:
+        found.update(expand(getattr(rules, stage).output.record, zip, **makers(stage)))
     found.update(expand(rules.defend.output.record, zip, **CELLS_OF_BASELINES))
     inputs = CELLS_OF_BASELINES[[experiment["variants"][d]["inputs"] for d in CELLS_OF_BASELINES["defense"]]]
     found.update(expand(rules.score_inputs.output.record, zip, **inputs))
@@ -405,13 +448,13 @@ def shown(wildcards):
         found.update(expand(split, dataset=set(CELLS["downstream"])))
     for file in ("train.parquet", "truth.parquet", "trigger.safetensors"):
         found.update(map(received(file), CELLS.to_dict("records")))
-    for choice in (
-        rules.sift.output.seeds,
-        rules.expand.output.subset,
-        rules.filter_channels.output.channels,
-        rules.bootstrap_variant.output.pool,
+    for stage, choice in (
+        ("sift", rules.sift.output.seeds),
+        ("expand", rules.expand.output.subset),
+        ("filter_channels", rules.filter_channels.output.channels),
+        ("bootstrap", rules.bootstrap.output.pool),
     ):
-        found.update(expand(choice, zip, **CELLS_OF_TCORE))
+        found.update(expand(choice, zip, **makers(stage)))
     return sorted(found)
 
 

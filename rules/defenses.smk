@@ -11,7 +11,7 @@ rule grant_clean:
         "<logs>/grant_clean/<cell>/{defense}.log",
     params:
         code=code("grant_clean"),
-        share=lambda wildcards: experiment["variants"][wildcards.defense]["trusted"]["share"],
+        share=share_of_trusted,
     message:
         "The scenario grants clean samples: {wildcards.encoder_attack}, {wildcards.dataset_attack},"
         " defence {wildcards.defense} (seed {wildcards.seed})"
@@ -56,7 +56,7 @@ rule defend:
         gpu=1,
     params:
         code=code_of_defense,
-        defense=lambda wildcards: experiment["variants"][wildcards.defense]["defense"],
+        defense=of_variant("defense"),
         settings=settings_of_defense,
         optional=flags("trusted", "oracle"),
         samples="",
@@ -79,22 +79,21 @@ use rule defend as detect with:
         defense=of_kind("detector"),
     params:
         code=code_of_defense,
-        defense=lambda wildcards: experiment["variants"][wildcards.defense]["defense"],
+        defense=of_variant("defense"),
         settings=settings_of_defense,
         optional=flags("trusted", "oracle"),
-        samples=lambda wildcards, output: f"--samples {output.samples}",
+        samples=signed(lambda wildcards, output: f"--samples {output.samples}"),
 
 
 # The evaluator: input detectors in use.
 rule score_inputs:
     input:
+        unpack(triggers),
         model="data/defended/<cell>/none/model.safetensors",
         features="data/defended/<cell>/features.safetensors",
         images=received("train.parquet"),
         trusted=trusted_samples,
         test="data/datasets/{downstream}/test.parquet",
-        encoder_trigger="data/encoders/{pretrain}-{encoder_attack}/{downstream}/{seed}/trigger.safetensors",
-        dataset_trigger=received("trigger.safetensors"),
     output:
         inputs="data/results/<cell>/{defense}/inputs.parquet",
         record="data/results/<cell>/{defense}/score_inputs.run.json",
@@ -104,7 +103,7 @@ rule score_inputs:
         gpu=1,
     params:
         code=code_of_input_detector,
-        defense=lambda wildcards: experiment["variants"][wildcards.defense]["defense"],
+        defense=of_variant("defense"),
         settings=settings_of_defense,
         optional=flags("trusted"),
     message:

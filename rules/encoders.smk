@@ -9,6 +9,8 @@ rule pretrain_encoder:
         record="data/encoders/{pretrain}-clean/{seed}/pretrain_encoder.run.json",
     log:
         "<logs>/pretrain_encoder/{pretrain}/{seed}.log",
+    wildcard_constraints:
+        seed="[0-9]+" if SHARED is None else str(SHARED),
     threads: 8
     resources:
         gpu=1,
@@ -21,6 +23,24 @@ rule pretrain_encoder:
         "python scripts/pretrain_encoder.py --images {input.images}"
         " --settings {params.settings:q} --seed {wildcards.seed}"
         " --encoder {output.encoder} --record {output.record} > {log} 2>&1"
+
+
+# With `encoder_seed` all seeds start from one clean encoder, as the paper's tables do.
+rule share_encoder:
+    input:
+        encoder=f"data/encoders/{{pretrain}}-clean/{SHARED}/encoder.safetensors",
+        record=f"data/encoders/{{pretrain}}-clean/{SHARED}/pretrain_encoder.run.json",
+    output:
+        encoder="data/encoders/{pretrain}-clean/{seed}/encoder.safetensors",
+        record="data/encoders/{pretrain}-clean/{seed}/pretrain_encoder.run.json",
+    log:
+        "<logs>/share_encoder/{pretrain}/{seed}.log",
+    wildcard_constraints:
+        seed="(?!)" if SHARED is None else f"(?!{SHARED}(?![0-9]))[0-9]+",
+    message:
+        "Stranger one hands over the {wildcards.pretrain} encoder of another seed (seed {wildcards.seed})"
+    shell:
+        "cp {input.encoder} {output.encoder} > {log} 2>&1 && cp {input.record} {output.record} >> {log} 2>&1"
 
 
 rule poison_encoder:
@@ -92,6 +112,7 @@ use rule pretrain_encoder as pretrain_on_poisons with:
         "<logs>/pretrain_encoder/{pretrain}-{encoder_attack}/{downstream}/{seed}.log",
     wildcard_constraints:
         encoder_attack=attacks_on(weights=False),
+        seed="[0-9]+",
     message:
         "Stranger one pre-trains an encoder on the poisoned images of {wildcards.pretrain}:"
         " attack {wildcards.encoder_attack} (seed {wildcards.seed})"

@@ -3,12 +3,9 @@
 
 rule predict:
     input:
+        unpack(triggers),
         model="data/defended/<cell>/{defense}/model.safetensors",
         test="data/datasets/{downstream}/test.parquet",
-        encoder_trigger=known(
-            "data/encoders/{pretrain}-{encoder_attack}/{downstream}/{seed}/trigger.safetensors"
-        ),
-        dataset_trigger=known(received("trigger.safetensors")),
     output:
         predictions="data/results/<cell>/{defense}/predictions.parquet",
         record="data/results/<cell>/{defense}/predict.run.json",
@@ -29,17 +26,10 @@ rule predict:
 
 rule evaluate:
     input:
+        unpack(triggers),
+        unpack(left_behind),
         predictions="data/results/<cell>/{defense}/predictions.parquet",
         truth=received("truth.parquet"),
-        encoder_trigger="data/encoders/{pretrain}-{encoder_attack}/{downstream}/{seed}/trigger.safetensors",
-        dataset_trigger=received("trigger.safetensors"),
-        seeds=of_tcore("seeds.parquet"),
-        subset=of_tcore("subset.parquet"),
-        pool=of_tcore("pool.parquet"),
-        channels=of_tcore("channels.safetensors"),
-        samples=of_baseline("samples.parquet", "detector"),
-        defended=of_baseline("defend.run.json"),
-        inputs=scored_inputs,
     output:
         metrics="data/results/<cell>/{defense}/metrics.parquet",
         record="data/results/<cell>/{defense}/evaluate.run.json",

@@ -78,6 +78,7 @@ rule audit:
         model="data/defended/{pretrain}-received/{downstream}-received/{seed}/tcore/model.safetensors",
         seeds="data/defended/{pretrain}-received/{downstream}-received/{seed}/tcore/seeds.parquet",
         subset="data/defended/{pretrain}-received/{downstream}-received/{seed}/tcore/subset.parquet",
+        expanded="data/defended/{pretrain}-received/{downstream}-received/{seed}/tcore/expand.run.json",
         channels="data/defended/{pretrain}-received/{downstream}-received/{seed}/tcore/channels.safetensors",
         pool="data/defended/{pretrain}-received/{downstream}-received/{seed}/tcore/pool.parquet",
         undefended="data/results/{pretrain}-received/{downstream}-received/{seed}/none/predictions.parquet",
@@ -101,7 +102,7 @@ rule audit:
     shell:
         "python scripts/audit.py --checked {input.checked} --encoder {input.encoder} --train {input.train}"
         " --test {input.test} --model {input.model} --seeds {input.seeds} --subset {input.subset}"
-        " --channels {input.channels} --pool {input.pool}"
+        " --expanded {input.expanded} --channels {input.channels} --pool {input.pool}"
         " --undefended {input.undefended} --defended {input.defended}"
         " --source {params.source} --settings {params.settings:q}"
         " --audit {output.audit} --distrust {output.distrust} --record {output.record} > {log} 2>&1"

@@ -12,6 +12,7 @@ rule compare_tables:
         markdown="data/results/tables/table_{table}.md",
         latex="data/results/tables/table_{table}.tex",
         csv="data/results/tables/table_{table}.csv",
+        picture="data/results/tables/table_{table}.png",
         record="data/results/tables/table_{table}.run.json",
     log:
         "<logs>/compare_tables/{table}.log",
@@ -24,7 +25,7 @@ rule compare_tables:
     shell:
         "python scripts/compare_tables.py --table {wildcards.table} --published {input.published}"
         " --grid {params.grid:q} --names {params.names:q} --data data"
-        " --markdown {output.markdown} --latex {output.latex} --csv {output.csv} --record {output.record} > {log} 2>&1"
+        " --markdown {output.markdown} --latex {output.latex} --csv {output.csv} --picture {output.picture} --record {output.record} > {log} 2>&1"
 
 
 # As it stands now, like `preview` of the report.
@@ -35,6 +36,7 @@ use rule compare_tables as compare_tables_available with:
         markdown="data/preview/table_{table}.md",
         latex="data/preview/table_{table}.tex",
         csv="data/preview/table_{table}.csv",
+        picture="data/preview/table_{table}.png",
         record="data/preview/table_{table}.run.json",
     log:
         "<logs>/compare_tables_available/{table}.log",

@@ -1,4 +1,5 @@
 # The user with T-Core: find a few trusted samples, let the set grow, find trusted channels, bootstrap from both.
+# A variant of T-Core runs the stages from the first that differs on in a folder of its own.
 
 
 rule sift:
@@ -7,15 +8,17 @@ rule sift:
         features="data/defended/<cell>/features.safetensors",
         images=received("train.parquet"),
     output:
-        seeds="data/defended/<cell>/tcore/seeds.parquet",
-        record="data/defended/<cell>/tcore/sift.run.json",
+        seeds="data/defended/<cell>/{defense}/seeds.parquet",
+        record="data/defended/<cell>/{defense}/sift.run.json",
     log:
-        "<logs>/sift/<cell>.log",
+        "<logs>/sift/<cell>/{defense}.log",
+    wildcard_constraints:
+        defense=with_own("sift"),
     resources:
         gpu=1,
     params:
         code=code("sift"),
-        settings=settings("sift"),
+        settings=settings_of_stage("sift"),
     message:
         "T-Core sifts trusted seed samples"
         " ({wildcards.encoder_attack}, {wildcards.dataset_attack}, seed {wildcards.seed})"
@@ -29,17 +32,19 @@ rule expand:
     input:
         features="data/defended/<cell>/features.safetensors",
         images=received("train.parquet"),
-        seeds="data/defended/<cell>/tcore/seeds.parquet",
+        seeds=made_by("sift", "seeds.parquet"),
     output:
-        subset="data/defended/<cell>/tcore/subset.parquet",
-        record="data/defended/<cell>/tcore/expand.run.json",
+        subset="data/defended/<cell>/{defense}/subset.parquet",
+        record="data/defended/<cell>/{defense}/expand.run.json",
     log:
-        "<logs>/expand/<cell>.log",
+        "<logs>/expand/<cell>/{defense}.log",
+    wildcard_constraints:
+        defense=with_own("expand"),
     resources:
         gpu=1,
     params:
         code=code("expand"),
-        settings=settings("expand", "head"),
+        settings=settings_of_stage("expand", "head"),
     message:
         "T-Core lets the trusted seeds grow to a clean subset"
         " ({wildcards.encoder_attack}, {wildcards.dataset_attack}, seed {wildcards.seed})"
@@ -53,17 +58,19 @@ rule filter_channels:
     input:
         model="data/defended/<cell>/none/model.safetensors",
         images=received("train.parquet"),
-        subset="data/defended/<cell>/tcore/subset.parquet",
+        subset=made_by("expand", "subset.parquet"),
     output:
-        channels="data/defended/<cell>/tcore/channels.safetensors",
-        record="data/defended/<cell>/tcore/filter_channels.run.json",
+        channels="data/defended/<cell>/{defense}/channels.safetensors",
+        record="data/defended/<cell>/{defense}/filter_channels.run.json",
     log:
-        "<logs>/filter_channels/<cell>.log",
+        "<logs>/filter_channels/<cell>/{defense}.log",
+    wildcard_constraints:
+        defense=with_own("filter_channels"),
     resources:
         gpu=1,
     params:
         code=code("filter_channels"),
-        settings=settings("filter_channels"),
+        settings=settings_of_stage("filter_channels"),
     message:
         "T-Core looks for the encoder's untrusted channels"
         " ({wildcards.encoder_attack}, {wildcards.dataset_attack}, seed {wildcards.seed})"
@@ -77,30 +84,8 @@ rule bootstrap:
     input:
         model="data/defended/<cell>/none/model.safetensors",
         images=received("train.parquet"),
-        subset="data/defended/<cell>/tcore/subset.parquet",
-        channels="data/defended/<cell>/tcore/channels.safetensors",
-    output:
-        model="data/defended/<cell>/tcore/model.safetensors",
-        pool="data/defended/<cell>/tcore/pool.parquet",
-        record="data/defended/<cell>/tcore/bootstrap.run.json",
-    log:
-        "<logs>/bootstrap/<cell>.log",
-    resources:
-        gpu=1,
-    params:
-        code=code("bootstrap"),
-        settings=settings("bootstrap", "head"),
-    message:
-        "T-Core bootstraps a clean model from the subset and the trusted channels"
-        " ({wildcards.encoder_attack}, {wildcards.dataset_attack}, seed {wildcards.seed})"
-    shell:
-        "python scripts/bootstrap.py --model {input.model} --images {input.images} --subset {input.subset}"
-        " --channels {input.channels} --settings {params.settings:q} --seed {wildcards.seed}"
-        " --model-out {output.model} --pool {output.pool} --record {output.record} > {log} 2>&1"
-
-
-# Another bootstrapping from the same subset and channels: a variant with defense: tcore.
-use rule bootstrap as bootstrap_variant with:
+        subset=made_by("expand", "subset.parquet"),
+        channels=made_by("filter_channels", "channels.safetensors"),
     output:
         model="data/defended/<cell>/{defense}/model.safetensors",
         pool="data/defended/<cell>/{defense}/pool.parquet",
@@ -108,7 +93,16 @@ use rule bootstrap as bootstrap_variant with:
     log:
         "<logs>/bootstrap/<cell>/{defense}.log",
     wildcard_constraints:
-        defense=of_kind("tcore"),
+        defense=with_own("bootstrap"),
+    resources:
+        gpu=1,
     params:
         code=code("bootstrap"),
-        settings=settings_of_growth,
+        settings=settings_of_stage("bootstrap", "head"),
+    message:
+        "T-Core bootstraps a clean model from the subset and the trusted channels"
+        " ({wildcards.encoder_attack}, {wildcards.dataset_attack}, seed {wildcards.seed})"
+    shell:
+        "python scripts/bootstrap.py --model {input.model} --images {input.images} --subset {input.subset}"
+        " --channels {input.channels} --settings {params.settings:q} --seed {wildcards.seed}"
+        " --model-out {output.model} --pool {output.pool} --record {output.record} > {log} 2>&1"

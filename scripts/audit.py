@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="T-Core's clean model")
     for name in TABLES:
         parser.add_argument(f"--{name}", required=True, help="of T-Core")
+    parser.add_argument("--expanded", required=True, help="the record of expand")
     parser.add_argument("--channels", required=True, help="of T-Core")
     parser.add_argument("--undefended", required=True, help="predictions of the model without a defence")
     parser.add_argument("--defended", required=True, help="predictions of the clean model")
@@ -45,6 +46,7 @@ def main() -> None:
             read_images(args.test),
             load_classifier(args.model).to(device),
             {name: load_table(getattr(args, name)) for name in TABLES},
+            load_json(args.expanded)["log"],
             load_tensors(args.channels),
             {"none": load_table(args.undefended), "tcore": load_table(args.defended)},
             load_json(args.checked)["log"],

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from tcore import grid, results, tables
+from tcore import comparison, grid, results, tables
 from tcore.cli import run
 from tcore.files import atomic, load_table, require
 from tcore.run import record
@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--markdown", required=True)
     parser.add_argument("--latex", required=True)
     parser.add_argument("--csv", required=True)
+    parser.add_argument("--picture", required=True, help="out: PNG")
     parser.add_argument("--record", required=True)
     args = parser.parse_args()
 
@@ -50,6 +51,8 @@ def main() -> None:
         compared = tables.compare(args.table, reported, pd.concat(read) if read else empty)
         with atomic(args.csv) as temporary:
             compared.to_csv(temporary, index=False, float_format="%.6g")
+        with atomic(args.picture) as temporary:
+            comparison.draw(args.table, compared).savefig(temporary, format="png", dpi=150)
         for path, write in ((args.markdown, tables.markdown), (args.latex, tables.latex)):
             with atomic(path) as temporary:
                 temporary.write_text(write(args.table, compared), encoding="utf-8")

@@ -31,13 +31,16 @@ def main() -> None:
     device = devices.pick()
     settings = expand.Settings(**args.settings["expand"])
     head = heads.Settings(**args.settings["head"])
-    with record(args.record, "expand", args.settings, args.seed, device):
+    with record(args.record, "expand", args.settings, args.seed, device) as log:
         images = read_images(args.images)
         features = load_tensors(args.features)[0]["features"].to(device)
         trusted = torch.from_numpy(load_table(args.seeds)["trusted"].to_numpy(copy=True)).to(device)
         labels = images.targets.to(device)
-        rounds = expand.expand(features, labels, trusted, images.num_classes, settings, head, args.seed)
+        rounds, found = expand.expand(
+            features, labels, trusted, images.num_classes, settings, head, args.seed
+        )
         save_table(args.subset, pd.DataFrame({"index": images.index, "round": rounds.cpu().numpy()}))
+        log |= found
 
 
 if __name__ == "__main__":

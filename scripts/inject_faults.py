@@ -12,7 +12,7 @@ must end in the same files:
 
 Full disks and read-only folders are mounts, which `unshare` allows everybody and takes away at the end:
 
-    unshare --map-root-user --mount python scripts/inject_faults.py --scratch /tmp/faults
+    unshare --map-root-user --mount python scripts/inject_faults.py --scratch ../faults
 
 Prints counts; exit status 1 if files differ or a fault left a run that does not go on. Run records are
 compared without their costs, which no two runs share, and tables that hold costs are not compared.

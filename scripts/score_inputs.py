@@ -48,7 +48,7 @@ def main() -> None:
         try:
             defense.check(method, received)
             score = [method.score_inputs(v.to(device), received, settings, args.seed) for v in views.values()]
-            flagged = method.flag_inputs(torch.cat(score), received, settings, args.seed)
+            flagged = defense.flag_inputs(method, torch.cat(score), received, settings, args.seed)
             named = [
                 pd.DataFrame({"index": test.index, "label": test.labels, "view": view}) for view in views
             ]

@@ -30,7 +30,7 @@ def main() -> None:
         labels = images.targets.to(device)
         features = load_tensors(args.features)[0]["features"].to(device)
         layers = sift.activations(load_classifier(args.model).to(device), features)
-        save_table(args.seeds, sift.sift(layers, labels, settings).assign(index=images.index))
+        save_table(args.seeds, sift.sift(layers, labels, settings, args.seed).assign(index=images.index))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from tcore.models.classifier import Classifier, logits
 from tcore.received import digests
 
 FEW_SEEDS = 5  # fewer in a class: a single wrong one weighs much
+KNOWN = 0.5  # accuracy that confusion may leave on the trusted samples
 RECOVERED = 0.7  # accuracy on the clean subset from which the masks say something
 EXCESS = 2.0  # a class that loses so many times its share of the images left out stands out
 LEAST_EXCESS = 10  # ... if it loses so many at least
@@ -110,7 +111,7 @@ def held_out(train: ImageSet, test: ImageSet, undefended: pd.DataFrame, defended
 
 
 def indicators(
-    per_class: pd.DataFrame, tests: dict, channels: dict, pool: pd.DataFrame, checked: dict
+    per_class: pd.DataFrame, tests: dict, expanded: dict, channels: dict, pool: pd.DataFrame, checked: dict
 ) -> list[dict]:
     """How far to trust the result: `name`, `value`, `reading`, and whether it calls for `care`."""
     found: list[dict] = []
@@ -137,6 +138,15 @@ def indicators(
         share.min() < 0.5,
         "Every class is in it about as often as among the images.",
         f"Class {rare} has less than half its share: little vouches for its channels and its head.",
+    )
+    known = max(expanded["trusted_accuracy"], default=0.0)
+    say(
+        "Trusted samples that confusion left known",
+        f"{100 * known:.1f} %",
+        known > KNOWN,
+        "The head was made to forget what clean samples look like, so the largest losses are theirs.",
+        "The head still knew them: the clean subset was chosen by how odd its images look, and poisons with "
+        "a weak trigger look odd. Raise expand.steps or lower expand.trust.",
     )
     out = per_class["left_out"].sum() / per_class["images"].sum()
     standing = per_class.loc[per_class["stands_out"], "name"]
@@ -219,6 +229,7 @@ def build(
     test: ImageSet,
     model: Classifier,
     tables: dict[str, pd.DataFrame],
+    expanded: dict,
     channels: tuple[dict, dict],
     predictions: dict[str, pd.DataFrame],
     checked: dict,
@@ -226,8 +237,8 @@ def build(
 ) -> tuple[dict, pd.DataFrame]:
     """What the page shows, and the table of `distrust`.
 
-    `tables`: seeds, subset, pool; `channels`: tensors and log; `predictions`: none, tcore; `checked` and
-    `encoder`: logs of the two first steps.
+    `tables`: seeds, subset, pool; `expanded`: the log of expand; `channels`: tensors and log;
+    `predictions`: none, tcore; `checked` and `encoder`: logs of the two first steps.
     """
     with torch.no_grad():
         table = distrust(train, model, tables["seeds"], tables["subset"], tables["pool"])
@@ -251,7 +262,7 @@ def build(
         "origin": train.origin,
         "checked": checked,
         "tests": tests,
-        "indicators": indicators(per_class, tests, log, tables["pool"], checked),
+        "indicators": indicators(per_class, tests, expanded, log, tables["pool"], checked),
         "classes": order.to_dict("records"),
         "sheets": sheets,
         "differ": _pictures(test, differ, names[tests["says"][differ]]),

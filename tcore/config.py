@@ -42,7 +42,7 @@ def validate(config: dict) -> dict:
     wrong type or contradictory. What only the data can tell, such as a target class beyond
     the last one, is left to the steps.
     """
-    _mapping("config", config, KEYS, optional=("methods", "trusted", "variants", "encoders"))
+    _mapping("config", config, KEYS, optional=("methods", "trusted", "variants", "encoders", "encoder_seed"))
     methods = _methods(config.get("methods") or {})
     trusted = _trusted("trusted", config.get("trusted") or {}, TRUSTED)
     variants = _variants(config.get("variants") or {}, methods, trusted)
@@ -62,6 +62,10 @@ def validate(config: dict) -> dict:
     for position, seed in enumerate(_list("seeds", config["seeds"], int)):
         if seed < 0:
             raise InputError(f"config: seeds[{position}] = {seed}: a seed is 0 or more")
+    if (shared := config.get("encoder_seed")) is not None and (type(shared) is not int or shared < 0):
+        raise InputError(
+            f"config: encoder_seed = {shared!r}: a number, 0 or more, or null: each seed pre-trains its own"
+        )
     choices = {
         "scenarios": grid.SCENARIOS,
         "encoder_attacks": encoder_attacks,
@@ -75,6 +79,7 @@ def validate(config: dict) -> dict:
     for name in {pair["downstream"] for pair in config["pairs"] if pair["pretrain"] not in encoders}:
         _targets(name, sets[name], config["scenarios"])
     return config | {
+        "encoder_seed": shared,
         "datasets": sets,
         "methods": methods,
         "trusted": trusted,
@@ -218,9 +223,8 @@ def _variant(where: str, variant: dict, methods: dict, trusted: dict) -> dict:
     defense, oracle = variant["defense"], variant.get("oracle", False)
     if defense == "tcore":
         if other := sorted(set(variant) - {"defense", "settings"}):
-            raise InputError(f"config: {where}.{other[0]}: of T-Core only settings of bootstrap vary")
-        overrides = methods["bootstrap"] | (variant.get("settings") or {})
-        return {"defense": defense, "kind": "tcore", "settings": _resolve("bootstrap", overrides, where)}
+            raise InputError(f"config: {where}.{other[0]}: of T-Core only the stages' settings vary")
+        return {"defense": defense, "kind": "tcore"} | _stages(where, variant.get("settings") or {}, methods)
     declared = settings.constants(registry.path("defenses", defense))
     if not isinstance(oracle, bool):
         raise InputError(f"config: {where}.oracle = {oracle!r} should be true or false")
@@ -248,6 +252,19 @@ def _variant(where: str, variant: dict, methods: dict, trusted: dict) -> dict:
         if declared["CLEAN"]
         else None,
     }
+
+
+def _stages(where: str, given: dict, methods: dict) -> dict:
+    """The settings of T-Core's stages for a variant, and those stages that run anew for it: from the first
+    that differs on, and the last in any case, whose model is the variant's."""
+    _mapping(f"{where}.settings", given, (), optional=grid.STAGES)
+    found = {
+        stage: _resolve(stage, methods[stage] | (given.get(stage) or {}), f"{where}.settings")
+        for stage in grid.STAGES
+    }
+    differ = [found[stage] != methods[stage] for stage in grid.STAGES[:-1]]
+    first = differ.index(True) if True in differ else len(differ)
+    return {"settings": found, "own": grid.STAGES[first:]}
 
 
 def _trusted(where: str, given: dict, default: dict) -> dict:

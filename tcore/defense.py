@@ -11,7 +11,8 @@ A defence is a file with `Settings`, a docstring and constants that declare what
     TRAINS      optional: whether it trains networks made by `received.network`, so that `part` says what is
                 trained, the head on cached features or everything
     INPUTS      optional, of a detector: score_inputs(images, received, settings, seed) -> (N,) float scores
-                images of later use; flag_inputs(score, received, settings, seed) -> (N,) bool, its rule
+                images of later use; flag_inputs(score, received, settings, seed) -> (N,) bool, its rule for
+                them, where that is not `flag`
 
 After a detector, all train the same head on what is kept, so results compare detectors and not
 trainers. Methods that cannot be applied raise `NotApplicable`; their result is a row with the reason.
@@ -162,6 +163,13 @@ def detect(
     if received.clean is not None:
         distrusted = distrusted & ~received.clean
     return score, ~distrusted
+
+
+def flag_inputs(method: ModuleType, score: Tensor, received: Received, settings, seed: int) -> Tensor:
+    """Which images of later use an input detector distrusts (N,) bool, by `flag` unless it says otherwise."""
+    if hasattr(method, "flag_inputs"):
+        return method.flag_inputs(score, received, settings, seed)
+    return method.flag(score, received, settings)
 
 
 def retrain(received: Received, kept: Tensor, seed: int) -> Classifier:

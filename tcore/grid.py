@@ -4,13 +4,17 @@ A scenario is a consequence of two attack names, so it is a column here and neve
 of a path: what two scenarios share is computed once.
 """
 
+import re
 from itertools import product
 
 import pandas as pd
 
+from tcore.files import InputError
+
 SCENARIOS = ("clean", "T1", "T2", "T3", "T1+T2")
 RECEIVED = "received"  # scenario and both attacks of a pair whose encoder comes from outside: nobody knows
 AUDITED = ("none", "tcore")  # its defences
+STAGES = ("sift", "expand", "filter_channels", "bootstrap")  # of T-Core, in this order
 VICTIM = ("pretrain", "encoder_attack", "downstream", "dataset_attack", "seed")
 AXES = ("pairs", "scenarios", "encoder_attacks", "dataset_attacks", "defenses", "seeds")  # of a configuration
 COLUMNS = ("pretrain", "downstream", "encoder_attack", "dataset_attack", "scenario", "defense", "seed")
@@ -72,3 +76,11 @@ def received(
         return f"datasets/{downstream}"
     origin = f"{pretrain}-{encoder_attack}" if dataset_attack == "adaptive" else "any"
     return f"poisoned/{origin}/{downstream}-{dataset_attack}/{seed}"
+
+
+def victim(name: str) -> dict[str, str]:
+    """`VICTIM` of a cell's name, `<pretrain>-<encoder attack>/<downstream>-<data set attack>/<seed>`."""
+    parts = re.fullmatch(r"(\w+)-(\w+)/(\w+)-(\w+)/(\d+)", name)
+    if parts is None:
+        raise InputError(f"{name!r} should be <pretrain>-<attack>/<downstream>-<attack>/<seed>")
+    return dict(zip(VICTIM, parts.groups(), strict=True))

@@ -21,6 +21,8 @@ from tcore.models.classifier import Classifier
 from tcore.models.encoder import Encoder, check_size, floats
 from tcore.stages import bootstrap, expand, filter_channels, sift
 
+KEPT = 32 * 2**20  # bytes; glibc's largest threshold above which a freed block goes back to the system
+
 
 def digests(images: ImageSet) -> list[bytes]:
     """Equal for equal pixels."""
@@ -73,7 +75,7 @@ def passes(
 ) -> tuple[int, int]:
     """How many images T-Core trains on and how many it only looks at; unlearning counted to its limit."""
     chosen = int(subset.subset_share * n)
-    trained = channels.unlearn_epochs * n + channels.epochs * chosen
+    trained = channels.unlearn_epochs * n + channels.epochs * chosen if channels.rank == "masks" else 0
     looked = 0
     pool = chosen
     rounds = [(pooling.gamma1, pooling.epochs)] * pooling.rounds_class
@@ -81,9 +83,10 @@ def passes(
     while rounds or pool < pooling.rho * n:
         gamma, epochs = rounds.pop(0) if rounds else (pooling.gamma3, None)
         rest = n - pool
-        trained += pooling.epochs_meta * pool + rest if epochs is None else epochs * pool
-        looked += 2 * rest if epochs is None else rest
-        pool += math.ceil(gamma * rest)
+        copied = epochs is None and pooling.guidance == "meta"
+        trained += (pooling.epochs_meta if epochs is None else epochs) * pool + copied * rest
+        looked += (1 + copied) * rest
+        pool += min(rest, math.ceil(gamma * (rest if pooling.of_rest else n)))
     return trained + pooling.epochs_final * pool, looked
 
 
@@ -136,11 +139,11 @@ def rehearse(
         ) from error
 
 
-def saved_bytes(encoder: Encoder, n: int) -> int:
-    """What autograd keeps of a batch of n images, without what it keeps of none."""
+def saved_blocks(encoder: Encoder, n: int) -> list[int]:
+    """Bytes of each tensor that autograd keeps of a batch of n images, without what it keeps of none."""
     device, size = encoder.mean.device, encoder.image_size
 
-    def kept(n: int) -> int:
+    def kept(n: int) -> list[int]:
         seen: dict[int, int] = {}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -150,19 +153,23 @@ def saved_bytes(encoder: Encoder, n: int) -> int:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             out = encoder(floats(torch.zeros(n, 3, size, size, dtype=torch.uint8, device=device)))
         del out
-        return sum(seen.values())
+        return list(seen.values())
 
-    return n * max(0, kept(3) - kept(2))
+    return [n * max(0, more - less) for less, more in zip(kept(2), kept(3), strict=False)]
 
 
 def memory_needed(encoder: Encoder, images: ImageSet, batch: int) -> int:
     """Bytes of the largest stage: the images, half as much for a selection, and the larger of two needs.
 
-    These are a training step (what autograd keeps, and half of that for gradients) and sifting, which
-    compares all pairs of a class: distances in float32, a partitioned copy and DBSCAN's neighbourhoods.
+    These are a training step and sifting, which compares all pairs of a class: distances in float32, a
+    partitioned copy and DBSCAN's neighbourhoods. A step takes what autograd keeps, half of that for
+    gradients, gradients and Adam's two moments of the weights, and what the allocator does not give back:
+    glibc keeps freed blocks below `KEPT`, as it was measured about four of the largest.
     """
     encoder.eval()
-    step = 1.5 * saved_bytes(encoder, batch)
+    blocks = saved_blocks(encoder, batch)
+    weights = sum(weight.nbytes for weight in encoder.parameters())
+    step = 1.5 * sum(blocks) + 3 * weights + 4 * min(max(blocks, default=0), KEPT)
     pairs = 3 * 4 * int(np.bincount(images.labels).max()) ** 2
     return int(1.5 * images.pixels.nbytes + max(step, pairs))
 

@@ -239,8 +239,18 @@ def by_folder(records: dict[Path, dict]) -> dict[str, list[dict]]:
 
 
 def lineage(cell: dict, found: dict[str, list[dict]]) -> list[dict]:
-    """The records of all steps that a cell depends on, each once."""
-    return [record for folder in dict.fromkeys(folders(cell).values()) for record in found.get(folder, [])]
+    """The records of all steps that a cell depends on, each once; T-Core's for what a variant shares."""
+    places = folders(cell)
+    own = {record["step"] for record in found.get(places["defended"], [])}
+    shared = grid.STAGES if grid.STAGES[-1] in own else ()
+    return [
+        *(record for folder in dict.fromkeys(places.values()) for record in found.get(folder, [])),
+        *(
+            record
+            for record in found.get(folders(cell | {"defense": "tcore"})["defended"], [])
+            if record["step"] in shared and record["step"] not in own
+        ),
+    ]
 
 
 def versions(records: list[dict]) -> dict[str, str]:
@@ -265,6 +275,8 @@ def read(data: Path, cells: pd.DataFrame, available: bool = False) -> tuple[list
             continue
         tables.append(need(load_table(path), [*IDENTITY, *NUMBERS], path))
         behind.update(places.values())
+        if (data / places["defended"] / f"{grid.STAGES[-1]}.run.json").is_file():
+            behind.add(folders(cell | {"defense": "tcore"})["defended"])  # what a variant shares
     if not tables:
         raise InputError(f"{data}: no cell of the grid is there yet; compute one first")
     paths = (path for folder in sorted(behind) for path in sorted((data / folder).glob("*.run.json")))

@@ -9,7 +9,18 @@ from pathlib import Path
 
 from tcore.files import save_json
 
-PACKAGES = ("tcore", "torch", "numpy", "scikit-learn")
+# What numbers come from; Snakemake, for one, computes none.
+PACKAGES = (
+    "tcore",
+    "torch",
+    "torchvision",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "pandas",
+    "pyarrow",
+    "pillow",
+)
 
 
 def _version(package: str) -> str | None:

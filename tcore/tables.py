@@ -166,8 +166,8 @@ def markdown(table: int, compared: pd.DataFrame) -> str:
 
 
 def latex(table: int, compared: pd.DataFrame) -> str:
-    """The same to \\input into a document with the packages booktabs and longtable."""
-    text = ["% \\usepackage{booktabs,longtable}"]
+    """The same to \\input into a document with the packages booktabs and longtable, and 17 cm of width."""
+    text = ["% \\usepackage{booktabs,longtable} \\usepackage[a4paper,margin=2cm]{geometry}"]
     for level, (heading, said, titles, rows) in enumerate(content(table, compared)):
         command = "subsection*" if level else "section*"
         text += [f"\\{command}{{{_escaped(heading)}}}", *filter(None, [_escaped(said)])]
@@ -175,9 +175,17 @@ def latex(table: int, compared: pd.DataFrame) -> str:
             numbers = titles.index("cells" if "cells" in titles else "reported")
             columns = "l" * numbers + "r" * (len(titles) - numbers)
             lines = [" & ".join(map(_escaped, line)) + r" \\" for line in [titles, *rows]]
-            head = [f"\\begin{{longtable}}{{{columns}}}", r"\toprule", lines[0], r"\midrule", r"\endhead"]
+            size = r"\begingroup\footnotesize\setlength{\tabcolsep}{2.5pt}"
+            head = [
+                size,
+                f"\\begin{{longtable}}{{{columns}}}",
+                r"\toprule",
+                lines[0],
+                r"\midrule",
+                r"\endhead",
+            ]
             foot = [r"\bottomrule", r"\endfoot"]
-            text.append("\n".join([*head, *foot, *lines[1:], r"\end{longtable}"]))
+            text.append("\n".join([*head, *foot, *lines[1:], r"\end{longtable}", r"\endgroup"]))
     return "\n\n".join(text) + "\n"
 
 

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tcore.files import InputError
 from tcore.models import head as heads
+from tcore.models.channels import layers, norms_behind
 from tcore.models.classifier import Classifier
 from tcore.models.encoder import Encoder
 from tcore.stages import bootstrap as stage
-from tcore.stages.filter_channels import layers
 
 HEAD = heads.Settings(hidden=(32, 16), dropout=0.1)
 SETTINGS = stage.Settings(
@@ -86,7 +87,7 @@ def entries(module: nn.Module, name: str) -> dict[str, Tensor]:
 
 def test_the_batch_norm_behind_each_convolution_of_a_resnet():
     resnet = Encoder("resnet18", 8)
-    norms = stage.norms_behind(resnet)
+    norms = norms_behind(resnet)
     expected = {"conv1": "bn1"}
     for layer in (1, 2, 3, 4):
         for block in (0, 1):
@@ -117,7 +118,7 @@ def test_restart_renews_the_untrusted_filters_and_nothing_else():
 
 def test_fresh_filters_have_the_spread_of_he_initialisation():
     resnet = Encoder("resnet18", 8)
-    flags = {n: torch.ones(len(m.weight), dtype=torch.bool) for n, m in stage.norms_behind(resnet).items()}
+    flags = {n: torch.ones(len(m.weight), dtype=torch.bool) for n, m in norms_behind(resnet).items()}
     stage.restart(resnet, flags, seed=0)
     weight = resnet.layer3[1].conv1.weight  # 256 channels, 3x3: variance 2 / (256 x 9)
     assert weight.std().item() == pytest.approx(math.sqrt(2 / (256 * 9)), rel=0.01)
@@ -270,6 +271,43 @@ def test_phase_three_ranks_by_the_loss_before_less_the_loss_after(data, monkeypa
         assert torch.equal(slow[key][~bad], fast[key][~bad]) and (slow[key] != fast[key])[bad].any()
 
 
+def test_without_the_copy_phase_three_ranks_by_the_loss_alone(data, monkeypatch):
+    loss = torch.randn(120, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(stage, "losses", lambda model, images, labels, rows: loss[rows])
+    settings = replace(SETTINGS, rounds_class=0, rounds_all=0, rho=0.3, epochs_final=0, guidance="loss")
+    _, pool, _ = run(data, settings)
+    rest = np.flatnonzero(~data[2].numpy())
+    assert set(np.flatnonzero(pool["round"] == 1)) == set(rest[np.argsort(loss.numpy()[rest])[:25]])
+    with pytest.raises(InputError, match=r"bootstrap.guidance = 'mata' should be one of"):
+        run(data, replace(SETTINGS, guidance="mata"))
+
+
+def test_shares_of_the_rest_or_of_the_whole_by_hand():
+    labels = torch.tensor([0] * 8 + [1] * 4)
+    pool = torch.tensor([True] * 6 + [False] * 6)  # outside: two of class 0, four of class 1
+    score = torch.tensor([9.0] * 6 + [5, 1, 4, 3, 2, 6])
+    for per_class, of_rest, expected in (
+        (False, True, [7, 10, 9]),  # half of six
+        (False, False, [7, 10, 9, 8, 6, 11]),  # half of twelve
+        (True, True, [7, 10, 9]),  # half of two and of four
+        (True, False, [7, 6, 10, 9]),  # half of eight is more than there is; half of four
+    ):
+        assert stage.best(score, labels, pool, 0.5, per_class, of_rest).tolist() == expected
+
+
+def test_batch_norm_entries_that_do_not_start_anew_stay_for_good(data):
+    model, _, _ = run(data, replace(SETTINGS, restart_norm=False, epochs_final=1))
+    before, after = encoder(), model.encoder
+    for name in ("bn1", "bn2"):
+        for entry in ("weight", "bias"):
+            assert torch.equal(
+                getattr(before.get_submodule(name), entry), getattr(after.get_submodule(name), entry)
+            )
+    for name, bad in UNTRUSTED.items():
+        old, new = before.get_submodule(name).weight, after.get_submodule(name).weight
+        assert torch.equal(old[~bad], new[~bad]) and (old != new)[bad].any()
+
+
 def test_rows_of_a_transformers_linear_layers_stay_or_start_anew(data):
     images, labels, subset = data
     with torch.random.fork_rng():
@@ -294,4 +332,4 @@ def test_rows_of_a_transformers_linear_layers_stay_or_start_anew(data):
 def test_batch_norm_of_another_width_is_nobodys():
     # In a DenseNet the norm after a convolution sees what several layers have put side by side.
     dense = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(7), nn.Conv2d(7, 5, 1), nn.BatchNorm2d(5))
-    assert stage.norms_behind(dense) == {"2": dense[3]}
+    assert norms_behind(dense) == {"2": dense[3]}

@@ -251,21 +251,50 @@ def test_what_is_refused_as_a_source_of_clean_samples(trusted, message):
         validate(CONFIG | {"trusted": trusted})
 
 
-def test_variants_of_tcore_bootstrap_otherwise_and_differ_in_nothing_else():
+def test_variants_of_tcore_share_the_stages_before_the_first_that_differs():
     config = overlaid("config.yaml")
     config["methods"]["bootstrap"]["gamma2"] = 0.03
-    config["variants"] = {"small": {"defense": "tcore", "settings": {"rho": 0.6}}}
-    found = validate(config | {"defenses": ["tcore", "small"]})
-    own = found["methods"]["bootstrap"]
-    assert found["variants"]["small"]["settings"] == own | {"rho": 0.6} and own["gamma2"] == 0.03
-    config["variants"]["small"]["trusted"] = {"share": 0.2}
-    with pytest.raises(
-        InputError, match=r"variants.small.trusted: of T-Core only settings of bootstrap vary"
-    ):
-        validate(config)
-    config["variants"]["small"] = {"defense": "tcore", "settings": {"alpha": 0.6}}
-    with pytest.raises(InputError, match="alpha is not a setting"):
-        validate(config)
+    variants = {
+        "small": {"bootstrap": {"rho": 0.6}},
+        "same": {},
+        "confused": {"expand": {"steps": 0}, "bootstrap": {"rho": 0.6}},
+        "as_before": {"sift": {"seed_share": 0.01}, "filter_channels": {"rank": "random"}},
+    }
+    config["variants"] = {
+        name: {"defense": "tcore", "settings": settings} for name, settings in variants.items()
+    }
+    found = validate(config | {"defenses": ["tcore", *variants]})
+    methods, mine = found["methods"], found["variants"]
+    assert mine["small"]["settings"]["bootstrap"] == methods["bootstrap"] | {"rho": 0.6}
+    assert methods["bootstrap"]["gamma2"] == 0.03 and mine["small"]["settings"]["sift"] == methods["sift"]
+    assert {name: mine[name]["own"] for name in variants} == {
+        "small": ("bootstrap",),
+        "same": ("bootstrap",),
+        "confused": ("expand", "filter_channels", "bootstrap"),
+        "as_before": ("filter_channels", "bootstrap"),  # of sift it says what is the default
+    }
+
+
+@pytest.mark.parametrize(
+    ("variant", "message"),
+    [
+        ({"trusted": {"share": 0.2}}, r"variants.mine.trusted: of T-Core only the stages' settings vary"),
+        (
+            {"settings": {"rho": 0.6}},
+            r"variants.mine.settings.rho: unknown name 'rho': .*known: sift, expand",
+        ),
+        ({"settings": {"bootstrap": {"alpha": 0.6}}}, "settings.bootstrap.alpha is not a setting"),
+    ],
+)
+def test_what_is_refused_of_a_variant_of_tcore(variant, message):
+    with pytest.raises(InputError, match=message):
+        validate(overlaid("config.yaml") | {"variants": {"mine": {"defense": "tcore"} | variant}})
+
+
+@pytest.mark.parametrize("seed", [-1, "0", 0.5, True])
+def test_a_seed_of_the_shared_encoder_is_a_number(seed):
+    with pytest.raises(InputError, match=r"encoder_seed = .*: a number, 0 or more"):
+        validate(CONFIG | {"encoder_seed": seed})
 
 
 def test_one_data_set_stands_for_one_of_the_papers():

@@ -13,9 +13,9 @@ from tcore.defenses import _training as training
 from tcore.defenses import abl, cbd, clp, ft_sam, i_bau, ssl_distillation
 from tcore.files import InputError
 from tcore.models import head as heads
+from tcore.models.channels import norms_behind
 from tcore.models.classifier import Classifier, logits
 from tcore.models.encoder import ARCHITECTURES, Encoder, extract_features
-from tcore.stages.bootstrap import norms_behind
 
 HEAD = heads.Settings(hidden=(16, 8), epochs=2)
 BRIEF = {

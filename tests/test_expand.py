@@ -36,7 +36,7 @@ def planted() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def grow(planted, settings=SETTINGS, seed: int = 0) -> Tensor:
     features, labels, trusted, _ = planted
-    return expand.expand(features, labels, trusted, 4, settings, HEAD, seed)
+    return expand.expand(features, labels, trusted, 4, settings, HEAD, seed)[0]
 
 
 # --- which samples are taken --------------------------------------------------------------------
@@ -116,10 +116,12 @@ def test_a_weak_trigger_is_seen_by_witnesses_and_not_by_confusion(planted):
     features, labels, trusted, poison = planted
     weak = features.clone()
     weak[poison] += torch.eye(12)[1] * 3 - torch.eye(12)[4] * 3 + 0.3 * torch.eye(12)[5]
+
+    def mild(witnesses: int) -> expand.Settings:
+        return replace(SETTINGS, wrong_label="shifted", witnesses=witnesses)
+
     taken = {
-        n: (expand.expand(weak, labels, trusted, 4, replace(SETTINGS, witnesses=n), HEAD, 0) > 0)[poison]
-        .sum()
-        .item()
+        n: (expand.expand(weak, labels, trusted, 4, mild(n), HEAD, 0)[0] > 0)[poison].sum().item()
         for n in (0, 3)
     }
     assert taken[0] > 5 and taken[3] == 0
@@ -134,7 +136,7 @@ def test_a_strong_trigger_deceives_witnesses_and_not_confusion(planted):
     strong[poison] = 6 * torch.eye(12)[0] + 0.1 * noise[poison]
     doubt = expand.testify(strong, labels, trusted, 4, ASKED, HEAD, 0, "x")
     assert doubt[poison].max() < 0.05  # the witnesses have none
-    rounds = expand.expand(strong, labels, trusted, 4, replace(ASKED, subset_share=0.15), HEAD, 0)
+    rounds, _ = expand.expand(strong, labels, trusted, 4, replace(ASKED, subset_share=0.15), HEAD, 0)
     assert (rounds[labels == 0] > 0).sum() >= 11 and (rounds[poison] > 0).sum() <= 1
 
 
@@ -174,3 +176,14 @@ def test_expansion_depends_on_its_seed_alone(planted):
 def test_seeds_that_are_enough_are_left_alone(planted):
     rounds = grow(planted, replace(SETTINGS, subset_share=0.04))
     assert torch.equal(rounds, torch.where(planted[2], 0, -1))
+
+
+def test_the_log_says_what_confusion_left_of_the_trusted_samples(planted):
+    features, labels, trusted, _ = planted
+    known = [
+        expand.expand(features, labels, trusted, 4, replace(SETTINGS, steps=steps), HEAD, 0)[1]
+        for steps in (0, 200)
+    ]
+    assert all(set(log) == {"trusted_accuracy"} and log["trusted_accuracy"] for log in known)
+    # The classes lie apart, so a head that is not confused names all; a confused one is taught to name none.
+    assert min(known[0]["trusted_accuracy"]) > 0.95 and max(known[1]["trusted_accuracy"]) < 0.25

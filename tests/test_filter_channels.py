@@ -134,6 +134,34 @@ def test_the_traitor_is_found_and_the_model_stays_as_it_was(toy):
     assert torch.equal(again["conv"], masks["conv"])
 
 
+def test_channels_by_clps_bound_are_those_with_the_largest(toy):
+    model, images, labels = toy
+    with torch.no_grad():
+        model.encoder.conv.weight[DEAD, 2] = 3.0
+        model.encoder.bn.weight[GREEN] = 5.0  # bounds 1, 5, 1 and 3, for a variance of 1
+    masks, untrusted, _ = stage.filter_channels(
+        model, images, labels, labels >= 0, replace(SETTINGS, rank="lipschitz", untrusted_share=0.5), seed=0
+    )
+    expected = torch.tensor([1.0, 5, 1, 3]) / (1 + model.encoder.bn.eps) ** 0.5
+    torch.testing.assert_close(masks["conv"], -expected)
+    assert untrusted["conv"].tolist() == [k in (GREEN, DEAD) for k in range(4)]
+
+
+def test_random_channels_are_as_many_in_each_layer_and_depend_on_the_seed_alone():
+    model = Classifier(Encoder("resnet_narrow", 32), nn.Linear(192, 2))
+    images, labels = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.arange(2)
+    settings = stage.Settings(rank="random", untrusted_share=0.25)
+    chosen = [
+        stage.filter_channels(model, images, labels, labels >= 0, settings, seed)[1] for seed in (0, 0, 1)
+    ]
+    for name, layer in stage.layers(model.encoder).items():
+        first, same, other = (untrusted[name] for untrusted in chosen)
+        assert first.sum() == other.sum() == layer.out_channels // 4
+        assert torch.equal(first, same) and not torch.equal(first, other)
+    with pytest.raises(InputError, match=r"filter_channels.rank = 'best' should be one of"):
+        stage.filter_channels(model, images, labels, labels >= 0, replace(settings, rank="best"), 0)
+
+
 def test_recovery_sees_the_subset_alone(toy):
     model, images, labels = toy
     subset = torch.arange(64) < 40

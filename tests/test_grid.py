@@ -3,6 +3,7 @@
 import pytest
 
 from tcore import grid
+from tcore.files import InputError
 
 CONFIG = {
     "seeds": [0, 1],
@@ -58,3 +59,16 @@ def test_cells_are_computed_once():
 def test_only_the_adaptive_attack_needs_a_set_for_each_encoder():
     assert grid.received("a", "e", "b", "d", 0) == grid.received("c", "clean", "b", "d", 0)
     assert grid.received("a", "e", "b", "adaptive", 0) == "poisoned/a-e/b-adaptive/0"
+
+
+def test_a_cell_is_known_by_its_name():
+    found = grid.victim("cifar10_file-drupe/gtsrb_file-adap_blend/7")
+    assert found == {
+        "pretrain": "cifar10_file",
+        "encoder_attack": "drupe",
+        "downstream": "gtsrb_file",
+        "dataset_attack": "adap_blend",
+        "seed": "7",
+    }
+    with pytest.raises(InputError, match="should be <pretrain>-<attack>/"):
+        grid.victim("cifar10/gtsrb/7")

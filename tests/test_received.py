@@ -2,6 +2,7 @@
 
 import copy
 import io
+import os
 import re
 import runpy
 import subprocess
@@ -25,6 +26,7 @@ from tcore.data.sources import imagefolder, parquet
 from tcore.data.sources._reading import decode
 from tcore.files import InputError
 from tcore.models import head as heads
+from tcore.models.channels import layers
 from tcore.models.classifier import Classifier, save_classifier
 from tcore.models.encoder import ARCHITECTURES, Encoder, floats
 from tcore.models.export import export
@@ -233,7 +235,7 @@ def test_passes_count_what_bootstrapping_trains_on(monkeypatch):
     images = images_of(20, 20)
     untrusted = {
         name: torch.zeros(layer.out_channels, dtype=torch.bool)
-        for name, layer in filter_channels.layers(Encoder("resnet_tiny", 8)).items()
+        for name, layer in layers(Encoder("resnet_tiny", 8)).items()
     }
     bootstrap.bootstrap(
         Encoder("resnet_tiny", 8),
@@ -626,12 +628,47 @@ def own(tmp_path, monkeypatch):
 def test_memory_of_a_step_by_hand(own):
     """The convolution keeps its input, batch norm its input, relu its output: (5, 6, 6) of (3, 8, 8)."""
     encoder = own("nets_of_mine:Plain", 8).eval()
-    assert received.saved_bytes(encoder, 10) == 10 * 4 * (3 * 64 + 2 * 5 * 36)
+    blocks = received.saved_blocks(encoder, 10)
+    assert sum(blocks) == 10 * 4 * (3 * 64 + 2 * 5 * 36) and max(blocks) == 10 * 4 * 3 * 64
     few, many = images_of(3, 3), images_of(3, 3000)
-    assert received.memory_needed(encoder, few, 10) == 1.5 * few.pixels.nbytes + 1.5 * received.saved_bytes(
-        encoder, 10
-    )
+    weights = 4 * (3 * 5 * 9 + 5 + 5 + 5)  # of the convolution, its bias, and of the normalisation
+    step = 1.5 * sum(blocks) + 3 * weights + 4 * max(blocks)
+    assert received.memory_needed(encoder, few, 10) == int(1.5 * few.pixels.nbytes + step)
     assert received.memory_needed(encoder, many, 10) == 1.5 * many.pixels.nbytes + 12 * 3000**2
+
+
+STEPS = """
+import torch
+from tcore import received
+from tcore.models.encoder import Encoder, floats
+
+def kib(field):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(field)).split()[1])
+
+torch.set_num_threads(1)
+encoder = Encoder("resnet_narrow", 32)
+none = type("Images", (), {"labels": [0], "pixels": torch.zeros(0)})
+needed = received.memory_needed(encoder, none, 128)
+encoder = encoder.to(memory_format=torch.channels_last).train()
+optimizer = torch.optim.Adam(encoder.parameters())
+images = torch.zeros(128, 3, 32, 32, dtype=torch.uint8)
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts from here
+before = kib("VmRSS")
+for _ in range(3):
+    encoder(floats(images)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+print(needed, 1024 * (kib("VmHWM") - before))
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no peak of memory to measure")
+def test_memory_of_a_step_of_a_narrow_network_as_measured():
+    command = [sys.executable, "-c", STEPS]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    needed, measured = map(int, run.stdout.split())
+    assert 0.8 * measured < needed < 1.6 * measured
 
 
 def test_too_little_memory_and_a_network_that_does_not_do_are_said(own, monkeypatch):

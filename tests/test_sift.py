@@ -1,5 +1,6 @@
 """Sifting: neighbours against scikit-learn, s(x) against Python sets, seeds on planted clusters."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -154,6 +155,18 @@ def test_seeds_follow_the_samples_not_their_order():
     assert set(order[torch.from_numpy(shuffled.trusted.to_numpy(copy=True))].tolist()) == set(
         table.index[table.trusted]
     )
+
+
+def test_random_seeds_are_as_many_of_each_class_and_take_no_notice_of_poisons():
+    layers, labels, poison = planted()
+    tables = [sift.sift(layers, labels, replace(SETTINGS, rule="random"), seed) for seed in range(20)]
+    assert all(t[t.trusted].groupby("label").size().tolist() == [7, 7, 7] for t in tables)
+    among = np.mean([t.trusted[poison.numpy()].sum() for t in tables])
+    assert 7 / 3 - 1 < among < 7 / 3 + 1  # a third of class 0 are poisons; standard error 0.3
+    again = sift.sift(layers, labels, replace(SETTINGS, rule="random"), 3)
+    assert again.equals(tables[3]) and not again.equals(tables[4])
+    with pytest.raises(InputError, match=r"sift.rule = 'tis' should be one of"):
+        sift.sift(layers, labels, replace(SETTINGS, rule="tis"))
 
 
 def test_a_core_that_is_too_small_is_filled_up_by_consistency():

@@ -3,8 +3,10 @@
 import importlib.util
 import io
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,11 +15,12 @@ import torch
 from PIL import Image
 
 from tcore import triggers
-from tcore.data.images import write_images
+from tcore.data.images import read_images, write_images
 from tcore.data.sources import signs
 from tcore.encoder_attacks import badencoder
-from tcore.files import save_json
+from tcore.files import save_json, save_table, save_tensors
 from tcore.models import head as heads
+from tcore.models.channels import layers
 from tcore.models.classifier import Classifier, save_classifier
 from tcore.models.encoder import Encoder, save_encoder
 
@@ -104,3 +107,67 @@ def test_what_an_encoder_attack_did_by_hand(tmp_path):
     assert found["acc_clean"] == pytest.approx((test.labels == 2).mean())
     assert (found["asr"], found["asr_clean"]) == (1, 0)
     assert (found["seconds"], found["peak_ram_mb"], found["knn"]) == (10, 400, 0.25)
+
+
+@pytest.fixture
+def attacked_cell(tmp_path) -> Path:
+    """A cell with a trigger, ten poisons of class 0, seeds and a subset that a run could have left."""
+    sets = signs.load(signs.Settings(train=80, test=40, image_size=16), {})
+    truth = pd.DataFrame({"index": sets["train"].index, "is_poison": False})
+    labels = sets["train"].labels.copy()
+    poisons = np.flatnonzero(labels != 0)[:10]
+    labels[poisons] = 0
+    truth.loc[poisons, "is_poison"] = True
+    train = replace(sets["train"], labels=labels)
+    write_images(tmp_path / "datasets/mine/test.parquet", sets["test"])
+    for place in ("theirs-badencoder/mine-adaptive", "any/mine-badnets"):
+        write_images(tmp_path / f"poisoned/{place}/0/train.parquet", train)
+        save_table(tmp_path / f"poisoned/{place}/0/truth.parquet", truth)
+    trigger = badencoder.make_trigger(16, 16, badencoder.Settings(size=4), 0)
+    path = tmp_path / "encoders/theirs-badencoder/mine/0/trigger.safetensors"
+    triggers.save(path, trigger, "encoder_attacks", "badencoder", 0)
+    encoder = Encoder("resnet_tiny", 16)
+    model = Classifier(encoder, heads.new_head(encoder.dim, train.num_classes, heads.Settings(), 0, "x"))
+    cell = tmp_path / "defended/theirs-badencoder/mine-adaptive/0"
+    save_classifier(cell / "none/model.safetensors", model, train.class_names)
+    # Poisons lie apart from everything, and one of them is a seed.
+    place = torch.where(torch.from_numpy(truth["is_poison"].to_numpy(copy=True)), 20, train.targets)
+    save_tensors(cell / "features.safetensors", {"features": torch.eye(24)[place]})
+    trusted = np.isin(np.arange(80), [*(np.flatnonzero(labels == k)[-1] for k in range(10)), poisons[0]])
+    save_table(cell / "tcore/seeds.parquet", pd.DataFrame({"index": train.index, "trusted": trusted}))
+    rounds = np.where(np.arange(80) % 2, 0, -1)
+    save_table(cell / "tcore/subset.parquet", pd.DataFrame({"index": train.index, "round": rounds}))
+    return tmp_path
+
+
+def test_what_expansion_lets_in_is_counted(attacked_cell):
+    out = attacked_cell / "out.csv"
+    run(
+        "study_expansion",
+        *("--data", attacked_cell, "--cells", "theirs-badencoder/mine-adaptive/0", "--output", out),
+        *("--settings", '{"none": {"subset_share": 0.01}, "all": {"subset_share": 1.0, "steps": 20}}'),
+    )
+    found = pd.read_csv(out).set_index("settings")
+    labels = read_images(attacked_cell / "poisoned/any/mine-badnets/0/train.parquet").labels
+    assert found["seeds"].tolist() == [1, 1]
+    assert found["poisons"].to_dict() == {"none": 1, "all": 10}  # the seeds alone; everybody
+    assert found["of_target"].to_dict() == {"none": 2, "all": (labels == 0).sum()}
+    assert np.isnan(found["known"]["none"]) and 0 <= found["known"]["all"] <= 1
+
+
+def test_pruned_channels_give_nothing_and_the_others_what_they_gave(attacked_cell):
+    out = attacked_cell / "out.csv"
+    settings = '{"random": {"rank": "random"}, "short": {"epochs": 1, "unlearn_epochs": 1}}'
+    cell = ("--data", attacked_cell, "--cell", "theirs-badencoder/mine-adaptive/0")
+    run("study_channels", *cell, "--head", '{"epochs": 2}', "--settings", settings, "--output", out)
+    found = pd.read_csv(out).set_index("settings")
+    assert found.index.tolist() == ["random", "short"] and found[["acc", "asr"]].stack().between(0, 1).all()
+    assert np.isnan(found["recovered"]["random"]) and 0 <= found["recovered"]["short"] <= 1
+    encoder = Encoder("resnet_tiny", 16)
+    untrusted = {name: torch.zeros(len(m.weight), dtype=torch.bool) for name, m in layers(encoder).items()}
+    untrusted["conv1"][:3] = True
+    before, after = (
+        torch.relu(e.bn1(e.conv1(torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)))))
+        for e in (encoder.eval(), sys.modules["study_channels"].prune(encoder, untrusted))
+    )
+    assert not after[:, :3].any() and torch.equal(before[:, 3:], after[:, 3:])

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from tcore import grid, results, tables
+from tcore import comparison, grid, results, tables
 from tcore.files import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,6 +121,28 @@ def test_the_page_says_what_is_there():
     assert "0 of 238 cells are there." in empty and "Means" not in empty
 
 
+def test_the_picture_shows_what_is_there():
+    found = pd.concat([cell(0, 0.80, 0.02), cell(0, 0.5, 0.9, defense="none")])
+    figure = comparison.draw(10, tables.compare(10, REPORTED, found))
+    accuracy, rate = figure.axes
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["ACC", "ASR, data set's trigger"]
+    names = [text.get_text() for text in accuracy.get_yticklabels()]
+    assert sorted(names) == ["none", "tcore"]
+    published, reproduced = (line.get_xdata() for line in accuracy.lines)
+    assert [published[names.index(name)] for name in ("none", "tcore")] == [84.72, 87.31]
+    assert [reproduced[names.index(name)] for name in ("none", "tcore")] == pytest.approx([50, 80])
+    low, high = accuracy.collections[1].get_segments()[names.index("tcore")][:, 0]
+    assert (low, high) == pytest.approx((79, 81))
+    assert sorted(rate.lines[1].get_xdata()) == pytest.approx([2, 90])
+    assert (
+        not comparison.draw(9, tables.compare(9, REPORTED, cell(0, 0.8, 0.02)))
+        .axes[0]
+        .lines[0]
+        .get_xdata()
+        .size
+    )
+
+
 def rows_of(page: str) -> list[list[str]]:
     """The bodies of a page's LaTeX tables, cell by cell."""
     bodies = re.findall(r"\\endfoot\n(.*?)\n\\end\{longtable\}", page, re.DOTALL)
@@ -165,13 +187,14 @@ def test_latex_compiles(tmp_path):
         )
     inputs = "\n".join(rf"\input{{{number}}}" for number in tables.TITLES)
     (tmp_path / "all.tex").write_text(
-        "\\documentclass{article}\\usepackage{booktabs,longtable}\\begin{document}\n"
+        "\\documentclass{article}\\usepackage{booktabs,longtable}\\usepackage[a4paper,margin=2cm]{geometry}\\begin{document}\n"
         + inputs
         + "\n\\end{document}\n"
     )
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-2000:]
+    assert "Overfull" not in run.stdout  # nothing sticks out into the margin
 
 
 def test_a_damaged_file_of_published_numbers_is_refused(tmp_path):

@@ -130,6 +130,20 @@ def test_another_grid_by_hand(sources, tmp_path):
     assert jobs["poison_dataset"] == jobs["train_head"] == jobs["sift"] == jobs["predict"] == 4
 
 
+def test_seeds_may_share_a_clean_encoder(sources, tmp_path):
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(
+        "{scenarios: [T1, T2], seeds: [1, 2], defenses: [none], encoder_attacks: [badencoder, ctrl],"
+        " encoder_seed: 1, pairs: [{pretrain: signs, downstream: signs}]}"
+    )
+    text = snakemake(sources, "-n", "--configfile", str(overlay))
+    found = dict(re.findall(r"^(\w+) +(\d+)$", text, re.MULTILINE))
+    # Seed 1's encoder serves both seeds; on CTRL's images each seed pre-trains its own.
+    steps = ("pretrain_encoder", "share_encoder", "pretrain_on_poisons")
+    assert [found[step] for step in steps] == ["1", "1", "2"]
+    assert re.search(r"of another seed \(seed 2\)\nReason: .*signs-clean/2/.*signs-clean/1/", text)
+
+
 ALLOWED = re.compile(
     r"data/(encoders/\w+-\w+/\w+/\d+/encoder\.safetensors"  # as handed over, not as pre-trained
     r"|poisoned/(any|\w+-\w+)/\w+-\w+/\d+/train\.parquet"
@@ -254,23 +268,33 @@ def test_a_table_of_the_paper_by_hand(sources, tmp_path):
         }
 
 
-def test_a_variant_of_tcore_shares_all_but_bootstrapping(sources, tmp_path):
+def test_a_variant_of_tcore_shares_what_comes_before_the_first_stage_that_differs(sources, tmp_path):
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text(
-        "{scenarios: [T2], defenses: [tcore, small],"
-        " variants: {small: {defense: tcore, settings: {rho: 0.6}}}}"
+        "{scenarios: [T2], defenses: [tcore, small, guessed], variants: {"
+        "small: {defense: tcore, settings: {bootstrap: {rho: 0.6}}}, "
+        "guessed: {defense: tcore, settings: {expand: {steps: 0}}}}}"
     )
     jobs = plan(sources, "--configfile", str(overlay))
     found = counts(jobs)
-    assert found["sift"] == found["expand"] == found["filter_channels"] == 1
-    assert found["bootstrap"] == found["predict"] == found["evaluate"] == 2 and "defend" not in found
-    paths = [paths for script, paths in jobs if script == "bootstrap"]
-    for name, own in zip(
-        ("small", "tcore"), sorted(paths, key=lambda own: "small" not in str(own)), strict=True
-    ):
-        place = "data/defended/scenes-clean/signs-badnets/0"
-        assert {f"{place}/{name}/model.safetensors", f"{place}/tcore/subset.parquet"} <= own
-        assert all(ALLOWED.fullmatch(path) for path in own)
+    assert found["sift"] == 1 and found["expand"] == found["filter_channels"] == 2
+    assert found["bootstrap"] == found["predict"] == found["evaluate"] == 3 and "defend" not in found
+    place = "data/defended/scenes-clean/signs-badnets/0"
+    read = {  # by the variant whose model is made: where subset and channels come from
+        "tcore": ("tcore", "tcore"),
+        "small": ("tcore", "tcore"),
+        "guessed": ("guessed", "guessed"),
+    }
+    for script, paths in jobs:
+        if script in ("sift", "expand", "filter_channels", "bootstrap"):
+            assert all(ALLOWED.fullmatch(path) for path in paths)
+        if script == "bootstrap":
+            (name,) = (name for name in read if f"{place}/{name}/model.safetensors" in paths)
+            subset, channels = read.pop(name)
+            assert {f"{place}/{subset}/subset.parquet", f"{place}/{channels}/channels.safetensors"} <= paths
+        if script == "expand" and f"{place}/guessed/subset.parquet" in paths:
+            assert f"{place}/tcore/seeds.parquet" in paths
+    assert not read
 
 
 def test_a_table_that_the_grid_has_no_cell_of_says_what_to_do(sources):

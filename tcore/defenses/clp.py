@@ -27,8 +27,8 @@ from torch import Tensor
 
 from tcore.defense import Received
 from tcore.defenses import _training as training
+from tcore.models.channels import channel_bounds, norms_behind
 from tcore.models.classifier import Classifier
-from tcore.stages.bootstrap import norms_behind
 
 KIND = "model"
 CLEAN = False
@@ -40,11 +40,6 @@ ORACLE = ()
 class Settings:
     u: float = 3.0  # channels above mean + u std of their layer are pruned [released code]
     scope: str = "both"  # encoder: convolutions; head: hidden linear layers; both [paper: encoder]
-
-
-def channel_bounds(weight: Tensor, gamma: Tensor, variance: Tensor, epsilon: float) -> Tensor:
-    """L_k (C_out,) of a convolution (C_out, C_in, kh, kw) and the batch norm behind it."""
-    return torch.linalg.matrix_norm(weight.flatten(2), ord=2) * gamma.abs() / (variance + epsilon).sqrt()
 
 
 def outstanding(bounds: Tensor, u: float) -> Tensor:

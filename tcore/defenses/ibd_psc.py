@@ -88,7 +88,3 @@ def score(received: Received, settings: Settings, seed: int) -> Tensor:
 
 def flag(score: Tensor, received: Received, settings: Settings) -> Tensor:
     return score >= settings.threshold
-
-
-def flag_inputs(score: Tensor, received: Received, settings: Settings, seed: int) -> Tensor:
-    return flag(score, received, settings)

@@ -60,7 +60,3 @@ def score(received: Received, settings: Settings, seed: int) -> Tensor:
 def flag(score: Tensor, received: Received, settings: Settings) -> Tensor:
     steps = len(settings.factors)
     return ((score * steps + 1e-4).floor() / steps) >= settings.threshold - 1e-6
-
-
-def flag_inputs(score: Tensor, received: Received, settings: Settings, seed: int) -> Tensor:
-    return flag(score, received, settings)

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator
 
@@ -53,17 +55,14 @@ def measure(victim: Victim, settings: dict) -> pd.DataFrame:
     """A row per tail: `ratio`, `tail`, `size`, `poisons`, `value`, `low`, `high`."""
     received, own = victim.received, Settings(**settings["figure_6"])
     tails = scale("figure_6", own.step, own.longest)[1:]
-    loss = expand.confused_loss(
-        received.features,
-        received.labels,
-        received.clean,
-        received.classes,
-        expand.Settings(**settings["expand"]),
-        received.head,
-        victim.seed,
-        1,
+    features, labels = received.features, received.labels
+    confusion = expand.Settings(**settings["expand"])
+    head = expand.confused_head(
+        features, labels, received.clean, received.classes, confusion, received.head, victim.seed, 1
     )
-    rows, labelled = victim.of_target, received.labels == victim.target
+    with torch.no_grad():
+        loss = F.cross_entropy(head(features), labels, reduction="none")
+    rows, labelled = victim.of_target, labels == victim.target
     loss, is_poison = loss[rows].cpu().numpy(), victim.is_poison[rows].cpu().numpy()
     ratio = float(victim.is_poison[labelled].float().mean())
     return pd.DataFrame([{"ratio": ratio} | largest(loss, is_poison, tail) for tail in tails])

@@ -11,7 +11,7 @@ trusted channels stay. Training on a pool P of clean samples and growing P take 
 Phases come from ASD (Gao et al., CVPR 2023). Not in the paper, hence settings: epochs per
 round, optimiser and rate, whether batch norm uses stored statistics (`frozen_norm`) or those
 of the batch, and a last training on the final pool with the rate decaying to 0. Shares are of
-the rest D \\ P, the literal reading. Filters start as He et al. (2015) do, rows of linear layers
+the rest D \\ P, the literal reading (`of_rest`). Filters start as He et al. (2015) do, rows of linear layers
 as PyTorch's, biases at 0. The batch-norm entries of untrusted channels are reset
 (scale 1, shift 0) and trained along, their statistics measured anew; layer norm, which has no
 channels of one layer's own, stays as it is. The copy of phase 3 always
@@ -32,11 +32,14 @@ from tqdm import tqdm
 
 from tcore import seeds
 from tcore.device import autocast
+from tcore.files import InputError
 from tcore.models import head as heads
+from tcore.models.channels import layers, norms_behind
 from tcore.models.classifier import Classifier, logits
 from tcore.models.encoder import floats
 from tcore.stages.expand import highest
-from tcore.stages.filter_channels import layers
+
+GUIDANCE = ("meta", "loss")
 
 
 @dataclass(frozen=True)
@@ -54,22 +57,14 @@ class Settings:
     batch: int = 128  # images a step [paper: Table 17]
     batch_copy: int = 32  # images a step of phase 3's copy [open]
     frozen_norm: bool = False  # batch norm uses its stored statistics in training [open]
+    restart_norm: bool = True  # batch-norm entries of untrusted channels start anew and train [open]
+    of_rest: bool = True  # gammas are shares of what is outside the pool; false: of D or of its class [open]
+    guidance: str = "meta"  # of phase 3; loss: that of phase 2, to see what the copy is worth [paper: meta]
 
 
-def norms_behind(encoder: nn.Module) -> dict[str, nn.BatchNorm2d]:
-    """The batch norm behind each convolution that has one, by the convolution's name."""
-    found, last, channels = {}, None, None
-    for name, module in encoder.named_modules():
-        if isinstance(module, nn.Conv2d):
-            last, channels = name, module.out_channels
-        elif isinstance(module, nn.BatchNorm2d) and module.num_features == channels:
-            found[last] = module
-    return found
-
-
-def restart(encoder: nn.Module, untrusted: dict[str, Tensor], seed: int) -> None:
-    """Re-initialises the untrusted channels and their batch-norm entries, in place."""
-    norms = norms_behind(encoder)
+def restart(encoder: nn.Module, untrusted: dict[str, Tensor], seed: int, norm_too: bool = True) -> None:
+    """Re-initialises the untrusted channels and, if asked, their batch-norm entries, in place."""
+    norms = norms_behind(encoder) if norm_too else {}
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeds.derive(seed, "bootstrap", "filters"))
         for name, layer in layers(encoder).items():
@@ -105,10 +100,11 @@ def measure_norms(encoder: nn.Module, images: Tensor, untrusted: dict[str, Tenso
         norm.momentum = 0.1
 
 
-def trainable(model: Classifier, untrusted: dict[str, Tensor]) -> list[nn.Parameter]:
-    """The head and, in the encoder, the untrusted channels: all other gradients are zero."""
+def trainable(model: Classifier, untrusted: dict[str, Tensor], norm_too: bool = True) -> list[nn.Parameter]:
+    """The head and, in the encoder, the untrusted channels, if asked with their batch-norm entries: all
+    other gradients are zero."""
     model.requires_grad_(False)
-    parameters, norms = list(model.head.parameters()), norms_behind(model.encoder)
+    parameters, norms = list(model.head.parameters()), norms_behind(model.encoder) if norm_too else {}
     for name, layer in layers(model.encoder).items():
         bad = untrusted[name].float()
         for p in (*layer.parameters(), *(norms[name].parameters() if name in norms else ())):
@@ -159,10 +155,17 @@ def losses(model: Classifier, images: Tensor, labels: Tensor, rows: Tensor) -> T
     return F.cross_entropy(found, labels[rows], reduction="none")
 
 
-def best(score: Tensor, labels: Tensor, pool: Tensor, share: float, per_class: bool) -> Tensor:
-    """Rows outside the pool with the smallest score (n,): `share` of these rows, or of each class's."""
-    groups = [~pool & (labels == k) for k in labels[~pool].unique()] if per_class else [~pool]
-    return torch.cat([highest(-score, group, math.ceil(share * int(group.sum()))) for group in groups])
+def best(
+    score: Tensor, labels: Tensor, pool: Tensor, share: float, per_class: bool, of_rest: bool = True
+) -> Tensor:
+    """Rows outside the pool with the smallest score (n,): `share` of these rows, or of each class's; where
+    not `of_rest`, as many as that share of D or of the class in D."""
+    found = []
+    for group in [labels == k for k in labels[~pool].unique()] if per_class else [torch.ones_like(pool)]:
+        rest = group & ~pool
+        wanted = math.ceil(share * int((rest if of_rest else group).sum()))
+        found.append(highest(-score, rest, min(wanted, int(rest.sum()))))
+    return torch.cat(found)
 
 
 def bootstrap(
@@ -183,11 +186,13 @@ def bootstrap(
     """
     n, device = len(labels), labels.device
     encoder = copy.deepcopy(encoder).to(memory_format=torch.channels_last)
-    restart(encoder, untrusted, seed)
+    if settings.guidance not in GUIDANCE:
+        raise InputError(f"bootstrap.guidance = {settings.guidance!r} should be one of {GUIDANCE}")
+    restart(encoder, untrusted, seed, settings.restart_norm)
     measure_norms(encoder, images[subset], untrusted, settings.batch)
     fresh_head = heads.new_head(encoder.dim, classes, head, seed, "bootstrap", "head")
     model = Classifier(encoder, fresh_head).to(device)
-    optimizer = torch.optim.Adam(trainable(model, untrusted), settings.lr)
+    optimizer = torch.optim.Adam(trainable(model, untrusted, settings.restart_norm), settings.lr)
     order = seeds.generator(seed, "bootstrap", "order")
     data = (images, labels, settings, order)
     for_copy = (images, labels, replace(settings, batch=settings.batch_copy), order)
@@ -210,11 +215,12 @@ def bootstrap(
             rest = (~pool).nonzero().flatten()
             score = torch.zeros(n, device=device)
             score[rest] = losses(model, images, labels, rest)
-            if phase == 3:
+            if phase == 3 and settings.guidance == "meta":
                 fast = copy.deepcopy(model)
-                fit(fast, torch.optim.Adam(trainable(fast, untrusted), settings.lr), rest, *for_copy, True)
+                own = trainable(fast, untrusted, settings.restart_norm)
+                fit(fast, torch.optim.Adam(own, settings.lr), rest, *for_copy, True)
                 score[rest] -= losses(fast, images, labels, rest)
-            add = best(score, labels, pool, gamma[phase], per_class=phase == 1)
+            add = best(score, labels, pool, gamma[phase], phase == 1, settings.of_rest)
             pool[add], joined[add], phases[add] = True, rounds, phase
             log["pool"].append(int(pool.sum()))
             bar.update(len(add))

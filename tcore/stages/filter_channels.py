@@ -11,6 +11,9 @@
 The head is the suspect one and stays frozen. Batch norm uses its stored statistics
 throughout: in training mode a mask in front of it would have no gradient. The masks ranked
 are means over the last sixth of the epochs, which breaks ties at 0 and 1.
+`rank` has two other choices of channels, of the same number, to see what (a) and (b) are worth; their
+"masks" are what is ranked: random numbers, or minus CLP's Lipschitz bound (of layers without batch norm
+the weights' norm).
 Not in the paper: optimiser, rate, clipping and check interval of (a), taken from RNP
 (Li et al., ICML 2023). A mask scales a layer's output but for its bias, the same as its weights.
 """
@@ -27,6 +30,7 @@ from tqdm import trange
 from tcore import seeds
 from tcore.device import autocast
 from tcore.files import InputError
+from tcore.models.channels import channel_bounds, layers, norms_behind
 from tcore.models.classifier import Classifier
 from tcore.models.encoder import floats
 from tcore.models.head import batches
@@ -35,6 +39,7 @@ from tcore.models.head import batches
 @dataclass(frozen=True)
 class Settings:
     untrusted_share: float = 0.1  # channels called untrusted, per layer [paper: App. A]
+    rank: str = "masks"  # masks, random or lipschitz: what chooses the channels [paper: masks]
     stop_accuracy: float = 0.2  # unlearning ends below this accuracy; keep above 1/classes [paper: App. A]
     unlearn_lr: float = 0.01  # SGD's rate, momentum 0.9, gradient norm clipped at 20 [open; RNP]
     unlearn_epochs: int = 20  # unlearning ends here at the latest [open; RNP]
@@ -44,12 +49,8 @@ class Settings:
     batch: int = 128  # images a step [paper: Table 17]
 
 
+RANKS = ("masks", "random", "lipschitz")
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
-
-
-def layers(encoder: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
-    """The layers whose output channels are trusted or not, by name."""
-    return {name: m for name, m in encoder.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
 
 
 def norm_parameters(encoder: nn.Module) -> list[nn.Parameter]:
@@ -144,6 +145,18 @@ def recover(
     return mean, trace
 
 
+@torch.no_grad()
+def bounds(encoder: nn.Module) -> dict[str, Tensor]:
+    """CLP's bound of each channel (C_out,) by layer."""
+    norms, found = norms_behind(encoder), {}
+    for name, layer in layers(encoder).items():
+        if (norm := norms.get(name)) is None:
+            found[name] = layer.weight.flatten(1).norm(dim=1)
+        else:
+            found[name] = channel_bounds(layer.weight, norm.weight, norm.running_var, norm.eps)
+    return found
+
+
 def filter_channels(
     model: Classifier, images: Tensor, labels: Tensor, subset: Tensor, settings: Settings, seed: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
@@ -151,9 +164,21 @@ def filter_channels(
 
     uint8 images, on the device of the model.
     """
-    model = copy.deepcopy(model)
-    log = {"unlearning_accuracy": unlearn(model, images, labels, settings, seed)}
-    masks, log["recovery_accuracy"] = recover(model, images[subset], labels[subset], settings, seed)
+    if settings.rank not in RANKS:
+        raise InputError(f"filter_channels.rank = {settings.rank!r} should be one of {RANKS}")
+    log = {}
+    if settings.rank == "masks":
+        model = copy.deepcopy(model)
+        log["unlearning_accuracy"] = unlearn(model, images, labels, settings, seed)
+        masks, log["recovery_accuracy"] = recover(model, images[subset], labels[subset], settings, seed)
+    elif settings.rank == "random":
+        generator = seeds.generator(seed, "filter", "random")
+        masks = {
+            name: torch.rand(len(layer.weight), generator=generator).to(labels.device)
+            for name, layer in layers(model.encoder).items()
+        }
+    else:
+        masks = {name: -bound for name, bound in bounds(model.encoder).items()}
     untrusted = {}
     for name, mask in masks.items():
         lowest = mask.argsort(stable=True)[: int(settings.untrusted_share * len(mask))]

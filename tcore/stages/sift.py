@@ -11,6 +11,7 @@ The paper states neither DBSCAN's radius nor what breaks ties. Here the radius o
 layer is a percentile of the distances to the min_samples-th neighbour within the class,
 raised until the largest cluster holds half of the class; ties go to the smaller mean distance
 to the class's shared neighbours at layer 1; a B_k that is too small is filled up by s.
+`rule` random takes any samples of each class instead, to see what sifting is worth.
 """
 
 from dataclasses import dataclass
@@ -21,13 +22,17 @@ import torch
 from sklearn.cluster import DBSCAN
 from torch import Tensor
 
+from tcore import seeds
 from tcore.files import InputError
 from tcore.models.classifier import Classifier
+
+RULES = ("invariance", "random")
 
 
 @dataclass(frozen=True)
 class Settings:
     seed_share: float = 0.01  # alpha, share of each class that becomes seeds [paper: App. A]
+    rule: str = "invariance"  # invariance or random: what chooses the seeds [paper: invariance]
     neighbours: int = 50  # m, nearest neighbours per layer [paper: App. A]
     min_samples: int = 5  # DBSCAN's core-point count, the point itself included [open]
     radius_percentile: float = 60.0  # DBSCAN's radius among in-class neighbour distances [open]
@@ -93,8 +98,13 @@ def largest_cluster(points: np.ndarray, min_samples: int, percentile: float) -> 
     return np.ones(len(points), bool)
 
 
-def sift(layers: list[Tensor], labels: Tensor, settings: Settings) -> pd.DataFrame:
-    """A row per sample: index, label, in_core (majority rule), score (s), trusted (a seed)."""
+def sift(layers: list[Tensor], labels: Tensor, settings: Settings, seed: int = 0) -> pd.DataFrame:
+    """A row per sample: index, label, in_core (majority rule), score (s), trusted (a seed).
+
+    The seed of random numbers is for the rule `random` alone.
+    """
+    if settings.rule not in RULES:
+        raise InputError(f"sift.rule = {settings.rule!r} should be one of {RULES}")
     classes, sizes = labels.unique(return_counts=True)
     least = int(np.ceil(1 / settings.seed_share))
     if (sizes < least).any():
@@ -117,6 +127,8 @@ def sift(layers: list[Tensor], labels: Tensor, settings: Settings) -> pd.DataFra
         rank = np.lexsort(
             (spread[members].cpu().numpy(), -score[members].cpu().numpy(), ~core[members.cpu()].numpy())
         )
+        if settings.rule == "random":
+            rank = torch.randperm(size, generator=seeds.generator(seed, "sift", k)).numpy()
         trusted[members.cpu()[torch.from_numpy(rank[: int(settings.seed_share * size)].copy())]] = True
     return pd.DataFrame(
         {
