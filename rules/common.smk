@@ -48,6 +48,11 @@ def signed(function):
     return function
 
 
+def methods_named(wildcards, *attacks):
+    """The files, such as "dataset_attacks/sig", of the methods that the wildcards `attacks` name."""
+    return [f"{attack}s/{registry.base(f'{attack}s', wildcards[attack])}" for attack in attacks]
+
+
 def code(script, *attacks):
     """The digest of a rule's script and of the methods that its wildcards `attacks` name."""
     if not attacks:
@@ -55,7 +60,7 @@ def code(script, *attacks):
 
     @signed
     def digest(wildcards):
-        return provenance.code(script, *(f"{attack}s/{wildcards[attack]}" for attack in attacks))
+        return provenance.code(script, *methods_named(wildcards, *attacks))
 
     return digest
 
@@ -71,15 +76,28 @@ def settings(*methods):
 
 
 def settings_of(attack):
-    """The settings of the one method that the wildcard `attack` names, for the downstream set at hand."""
+    """The settings of the one method that the wildcard `attack` names: its own, with what differs for the
+    downstream set at hand, and with what differs in a variant."""
 
     @signed
     def found(wildcards):
-        name = wildcards[attack]
+        name = registry.base(f"{attack}s", wildcards[attack])
         own = experiment["datasets"][wildcards.downstream]["attacks"].get(name, {})
-        return canonical(experiment["methods"].get(name, {}) | own)
+        varied = experiment["attack_variants"].get(wildcards[attack], {})
+        return canonical(experiment["methods"].get(name, {}) | own | varied)
 
     return found
+
+
+@signed
+def dataset_attack(wildcards):
+    """The attack on a data set that runs, also where its variant is named."""
+    return registry.base("dataset_attacks", wildcards.dataset_attack)
+
+
+def told(what):
+    """Pattern of the attacks on data sets that are told `what` of the encoder."""
+    return "|".join(name for name in CELLS["dataset_attack"].unique() if grid.told(name) == what) or "(?!)"
 
 
 def target(attacker):
@@ -242,7 +260,7 @@ def code_of_defense(wildcards):
 
 def code_of_input_detector(wildcards):
     variant = experiment["variants"][wildcards.defense]
-    attacks = (f"{attack}s/{wildcards[attack]}" for attack in ("encoder_attack", "dataset_attack"))
+    attacks = methods_named(wildcards, "encoder_attack", "dataset_attack")
     return provenance.code("score_inputs", f"defenses/{variant['defense']}", *attacks)
 
 
@@ -459,7 +477,6 @@ def shown(wildcards):
 
 
 def code_of_report(wildcards):
-    stamps = {
-        f"{attack}s/{name}" for attack in ("encoder_attack", "dataset_attack") for name in CELLS[attack]
-    }
+    victims = CELLS[["encoder_attack", "dataset_attack"]].drop_duplicates().to_dict("records")
+    stamps = {method for victim in victims for method in methods_named(victim, *victim)}
     return provenance.code("make_report", *stamps)

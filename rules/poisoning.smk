@@ -13,34 +13,63 @@ rule poison_dataset:
         "<logs>/poison_dataset/any/{downstream}-{dataset_attack}/{seed}.log",
     params:
         code=code("poison_dataset", "dataset_attack"),
+        attack=dataset_attack,
         settings=settings_of("dataset_attack"),
         target=target("dataset"),
-        optional=flags("encoder_trigger"),
+        optional="",
     message:
         "Stranger two hands over {wildcards.downstream}: attack {wildcards.dataset_attack}"
         " (seed {wildcards.seed})"
     shell:
         "python scripts/poison_dataset.py --images {input.images} {params.optional}"
-        " --attack {wildcards.dataset_attack} --target {params.target}"
+        " --attack {params.attack} --target {params.target}"
         " --settings {params.settings:q} --seed {wildcards.seed}"
         " --train {output.train} --truth {output.truth} --trigger {output.trigger} --record {output.record}"
         " > {log} 2>&1"
 
 
 # Threat 3: both strangers are one, so the data set carries the trigger and the target of the encoder's attack.
+# Paths are written out here and below, as constraints do not reach into <cell>.
 use rule poison_dataset as poison_dataset_adaptively with:
     input:
         images="data/datasets/{downstream}/train.parquet",
         encoder_trigger="data/encoders/{pretrain}-{encoder_attack}/{downstream}/{seed}/trigger.safetensors",
     output:
-        train="data/poisoned/<cell>/train.parquet",
-        truth="data/poisoned/<cell>/truth.parquet",
-        trigger="data/poisoned/<cell>/trigger.safetensors",
-        record="data/poisoned/<cell>/poison_dataset.run.json",
+        train=f"data/poisoned/{CELL}/train.parquet",
+        truth=f"data/poisoned/{CELL}/truth.parquet",
+        trigger=f"data/poisoned/{CELL}/trigger.safetensors",
+        record=f"data/poisoned/{CELL}/poison_dataset.run.json",
     log:
         "<logs>/poison_dataset/<cell>.log",
+    wildcard_constraints:
+        dataset_attack=told("encoder_trigger"),
     params:
         code=code("poison_dataset", "dataset_attack", "encoder_attack"),
+        attack=dataset_attack,
         settings=settings_of("dataset_attack"),
         target=target("encoder"),
         optional=flags("encoder_trigger"),
+
+
+# An attacker who knows the encoder and how its user sifts.
+use rule poison_dataset as poison_dataset_knowingly with:
+    input:
+        images="data/datasets/{downstream}/train.parquet",
+        encoder="data/encoders/{pretrain}-{encoder_attack}/{downstream}/{seed}/encoder.safetensors",
+    output:
+        train=f"data/poisoned/{CELL}/train.parquet",
+        truth=f"data/poisoned/{CELL}/truth.parquet",
+        trigger=f"data/poisoned/{CELL}/trigger.safetensors",
+        record=f"data/poisoned/{CELL}/poison_dataset.run.json",
+    log:
+        "<logs>/poison_dataset/<cell>.log",
+    wildcard_constraints:
+        dataset_attack=told("encoder"),
+    resources:
+        gpu=1,
+    params:
+        code=code("poison_dataset", "dataset_attack"),
+        attack=dataset_attack,
+        settings=settings_of("dataset_attack"),
+        target=target("dataset"),
+        optional=lambda wildcards, input: f"--encoder {input.encoder} --user {quote(settings('head', 'sift'))}",

@@ -45,7 +45,10 @@ def validate(config: dict) -> dict:
     _mapping("config", config, KEYS, optional=("methods", "trusted", "variants", "encoders", "encoder_seed"))
     methods = _methods(config.get("methods") or {})
     trusted = _trusted("trusted", config.get("trusted") or {}, TRUSTED)
-    variants = _variants(config.get("variants") or {}, methods, trusted)
+    variants, attack_variants = _split(config.get("variants") or {})
+    variants = _variants(variants, methods, trusted)
+    dataset_attacks = [name for name in registry.names("dataset_attacks") if name not in IMPLIED]
+    attack_variants = _attack_variants(attack_variants, dataset_attacks)
     sets = _datasets(config["datasets"])
     encoders = _encoders(config.get("encoders") or {}, sets)
     encoder_attacks = [name for name in registry.names("encoder_attacks") if name not in IMPLIED]
@@ -69,7 +72,7 @@ def validate(config: dict) -> dict:
     choices = {
         "scenarios": grid.SCENARIOS,
         "encoder_attacks": encoder_attacks,
-        "dataset_attacks": [n for n in registry.names("dataset_attacks") if n not in IMPLIED],
+        "dataset_attacks": [*dataset_attacks, *attack_variants],
         "defenses": [*BUILT_IN, *variants],
     }
     for key, known in choices.items():
@@ -84,6 +87,7 @@ def validate(config: dict) -> dict:
         "methods": methods,
         "trusted": trusted,
         "variants": variants,
+        "attack_variants": attack_variants,
         "encoders": encoders,
     }
 
@@ -201,10 +205,41 @@ def _methods(methods: dict) -> dict:
     return {name: _resolve(name, methods.get(name) or {}, "methods") for name in known}
 
 
+def _split(given: dict) -> tuple[dict, dict]:
+    """The variants of defences, and those of attacks on data sets."""
+    if not isinstance(given, dict):
+        raise InputError(f"config: variants should map names to defences or attacks, not {given!r}")
+    attacks = {name: entry for name, entry in given.items() if isinstance(entry, dict) and "attack" in entry}
+    return {name: entry for name, entry in given.items() if name not in attacks}, attacks
+
+
+def _attack_variants(given: dict, attacks: list[str]) -> dict:
+    """What differs from the attack's settings, by variant; not filled up, as data sets have a word in it.
+
+    All that paths say of a variant is its name, so the name begins with the attack's (`registry.base`).
+    """
+    for name, variant in given.items():
+        where = f"variants.{name}"
+        _mapping(where, variant, ("attack", "settings"))
+        attack = variant["attack"]
+        if attack in IMPLIED:
+            raise InputError(f"config: {where}.attack: {attack} comes with its scenarios and has no variants")
+        _known(f"{where}.attack", attack, attacks)
+        if (
+            not re.fullmatch(f"{attack}_[a-z0-9_]+", str(name))
+            or registry.base("dataset_attacks", name) != attack
+            or name in registry.names("defenses")
+        ):
+            raise InputError(
+                f"config: {where}: a variant of {attack} is called {attack}_<more>, of a-z, 0-9 and _, "
+                "and has no other method's name"
+            )
+        _resolve(attack, variant["settings"], where)
+    return {name: variant["settings"] for name, variant in given.items()}
+
+
 def _variants(given: dict, methods: dict, trusted: dict) -> dict:
     """Every way to run a defence, by name: each as it is, and the configuration's variants of them."""
-    if not isinstance(given, dict):
-        raise InputError(f"config: variants should map names to defences, not {given!r}")
     defenses = registry.names("defenses")
     found = {name: {"defense": name} for name in defenses}
     for name, variant in given.items():

@@ -5,10 +5,12 @@ of a path: what two scenarios share is computed once.
 """
 
 import re
+from functools import cache
 from itertools import product
 
 import pandas as pd
 
+from tcore import registry, settings
 from tcore.files import InputError
 
 SCENARIOS = ("clean", "T1", "T2", "T3", "T1+T2")
@@ -64,17 +66,27 @@ def cells(config: dict) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(COLUMNS)).drop_duplicates(ignore_index=True)
 
 
+@cache
+def told(dataset_attack: str) -> str | None:
+    """What an attack on a data set, or its variant, is told of the encoder: the constant TOLD of its file.
+
+    `encoder_trigger` (the encoder attack's), `encoder` (as handed over), or None where there is no constant.
+    """
+    name = registry.base("dataset_attacks", dataset_attack)
+    return settings.constants(registry.path("dataset_attacks", name)).get("TOLD")
+
+
 def received(
     pretrain: str, encoder_attack: str, downstream: str, dataset_attack: str, seed: int | str
 ) -> str:
     """The folder of the data set that a cell's user receives.
 
-    Only the adaptive attack knows the encoder attack; all other sets serve every encoder. What
-    a stranger to this project has labelled is used as it is.
+    An attack that is `told` of the encoder makes a set for each; all other sets serve every encoder.
+    What a stranger to this project has labelled is used as it is.
     """
     if dataset_attack == RECEIVED:
         return f"datasets/{downstream}"
-    origin = f"{pretrain}-{encoder_attack}" if dataset_attack == "adaptive" else "any"
+    origin = f"{pretrain}-{encoder_attack}" if told(dataset_attack) else "any"
     return f"poisoned/{origin}/{downstream}-{dataset_attack}/{seed}"
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 import numpy as np
@@ -25,7 +25,7 @@ class Poisoned:
     `truth`: `index`, `clean_label`, `is_poison`, `is_cover`, row by row as `images`. `trigger_of`:
     family and name of the attack whose `stamp` reads `trigger`. `goals`: for each true class the
     class that a triggered test image is to be taken for, -1 where the attack does not aim at it;
-    None: the target for all classes but itself.
+    None: the target for all classes but itself. `log`: what goes into the step's record besides.
     """
 
     images: ImageSet
@@ -34,6 +34,7 @@ class Poisoned:
     target: int | None
     trigger_of: Owner
     goals: tuple[int, ...] | None = None
+    log: dict = field(default_factory=dict)
 
 
 def check_target(images: ImageSet, target: int | None) -> int:

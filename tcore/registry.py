@@ -36,6 +36,13 @@ def path(family: str, name: str) -> Path:
 
 
 @cache
+def base(family: str, name: str) -> str:
+    """The method that `name` runs: itself or, for a variant `<method>_<more>`, the longest that fits."""
+    fitting = [method for method in names(family) if f"{name}_".startswith(f"{method}_")]
+    return max(fitting, key=len) if fitting else check(family, name)
+
+
+@cache
 def on_weights(attack: str) -> bool:
     """Whether an attack on encoders changes weights; the others define `poison_images`, and train on those.
 

@@ -8,20 +8,23 @@ from the paper's tables:
 - 2: CT's FPR is not printed. Spectral and SPECTRE are told the poison rate, as the paper's are.
 - 3, 4: without the poisons isolated. The paper trained these undefended models anew; here they are those of
   all other tables.
-- 5: T-Core's sifting at the ratio 0.2 alone, all classes (in the paper the target class).
+- 5: T-Core's sifting in T2, all classes (in the paper the target class); other ratios than 0.2 by
+  `config/ratios.yaml`.
 - 6: the first column, 10 %. Poisons among the seeds count: SIG on SVHN, printed as 1 beside 6 among the
   seeds, is 7 here.
 - 7: distillation with the downstream set. Purified encoders are a stage of T-Core here and no model.
 - 8: without bootstrapping of the head alone.
+- 12: `config/tis-aware.yaml`. The encoder is not stated; ours is that of the other T2 rows on CIFAR-10, and
+  the share of poisons that of all tables. Without a defence only ASR is here, to one decimal.
 - 13, 14: `config/growth.yaml`; one subset and one set of channels for all, as only bootstrapping differs.
 - 15: the transformer's data sets are not stated; ours are CIFAR-10 and STL-10 (`config/vit.yaml`).
 - 17: the attack is not stated; ours is BadNets. Nor is the GPU, so the difference is one of machines; without
   a GPU there is no memory to compare.
 - 19: of IBD-PSC only the one rate that is printed apart.
 
-Not among them, because the grid has no such cells: 12 (an attacker who knows T-Core's sifting), 16 (seconds
-by images per class: the size of a data set is no axis), 18. Figures 1 to 6 are published as pictures, without
-their numbers; what they show is measured by targets of their own (`tcore/paper_figure.py`).
+Not among them, because the grid has no such cells: 16 (seconds by images per class: the size of a data set is
+no axis), 18. Figures 1 to 6 are published as pictures, without their numbers; what they show is measured by
+targets of their own (`tcore/paper_figure.py`).
 """
 
 from pathlib import Path
@@ -43,6 +46,7 @@ TITLES = {
     9: "T-Core, two attackers (T1+T2)",
     10: "T-Core, poisoned data sets (T2)",
     11: "T-Core, poisoned encoders and adaptive attackers (T1, T3)",
+    12: "T-Core, an attacker who knows its sifting (T2)",
     13: "T-Core by the share of samples that a round adds (T2)",
     14: "T-Core by the size of its pool (T2)",
     15: "T-Core on a transformer (T1, T2, T3)",
@@ -51,6 +55,7 @@ TITLES = {
 }
 COUNTS = ("poisons", "seconds", "peak_gpu_mb")  # metrics that are no shares, by their beginning
 UNITS = {
+    12: "Percent, and numbers of poisons among the seeds",
     5: "Numbers of poisons",
     6: "Numbers of poisons",
     17: "Seconds, and MB of GPU memory at the peak",

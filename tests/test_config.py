@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tcore import grid
+from tcore import grid, registry
 from tcore.config import validate
 from tcore.files import InputError
 from tcore.settings import resolve
 
 ROOT = Path(__file__).resolve().parents[1]
-OVER_THE_PAPER = ("vit.yaml", "growth.yaml")
+OVER_THE_PAPER = ("vit.yaml", "growth.yaml", "tis-aware.yaml", "ratios.yaml")
 CONFIG = {
     "seeds": [0],
     "pairs": [{"pretrain": "scenes", "downstream": "signs"}],
@@ -302,3 +302,60 @@ def test_one_data_set_stands_for_one_of_the_papers():
     assert len(both) > 1
     with pytest.raises(InputError, match="stands_for: gtsrb"):
         validate(CONFIG | {"datasets": both})
+
+
+def with_attacks(**variants) -> dict:
+    return CONFIG | {"variants": variants, "dataset_attacks": ["sig", *variants]}
+
+
+def test_a_variant_of_an_attack_is_an_attack_of_the_grid():
+    config = with_attacks(sig_10={"attack": "sig", "settings": {"ratio": 0.1}})
+    config["defenses"] = ["none", "mild"]
+    config["variants"]["mild"] = {"defense": "spectral", "settings": {"factor": 1.0}}
+    found = validate(config)
+    assert found["attack_variants"] == {"sig_10": {"ratio": 0.1}}  # the rest follows for each data set
+    assert "sig_10" not in found["variants"] and found["variants"]["mild"]["defense"] == "spectral"
+    cells = grid.cells(found).query("scenario == 'T2'")
+    assert set(cells["dataset_attack"]) == {"sig", "sig_10"} and len(cells) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "variant", "message"),
+    [
+        ("sig_10", {"attack": "sgi", "settings": {}}, "variants.sig_10.attack.*did you mean 'sig'"),
+        ("sig_10", {"attack": "badencoder", "settings": {}}, "variants.sig_10.attack: unknown name"),
+        ("sig_10", {"attack": "sig"}, "variants.sig_10.settings is missing"),
+        ("sig_10", {"attack": "sig", "settings": {"rato": 1}}, "sig_10.sig.rato.*did you mean 'ratio'"),
+        ("sig_10", {"attack": "sig", "settings": {"ratio": "1"}}, "variants.sig_10.sig.ratio.*type float"),
+        ("sig_10", {"attack": "sig", "settings": 3}, "settings of sig are a mapping"),
+        ("sig_10", {"attack": "sig", "settings": {}, "trusted": {}}, "sig_10.trusted.*known: attack"),
+        ("sig_10", {"attack": "sig", "defense": "ac"}, "variants.sig_10.defense"),
+        ("weak", {"attack": "sig", "settings": {}}, "variants.weak: a variant of sig is called sig_<more>"),
+        ("sig", {"attack": "sig", "settings": {}}, "variants.sig: a variant"),
+        ("sig_", {"attack": "sig", "settings": {}}, "variants.sig_: a variant"),
+        ("sig_A", {"attack": "sig", "settings": {}}, "variants.sig_A: a variant"),
+        ("badnets_10", {"attack": "sig", "settings": {}}, "variants.badnets_10: a variant of sig"),
+        ("adaptive_10", {"attack": "adaptive", "settings": {}}, "adaptive comes with its scenarios"),
+    ],
+)
+def test_what_is_refused_of_a_variant_of_an_attack(name, variant, message):
+    with pytest.raises(InputError, match=message):
+        validate(with_attacks(**{name: variant}))
+
+
+def test_an_attack_whose_name_begins_with_anothers_keeps_its_variants(monkeypatch):
+    """`registry.base` takes the longest name that fits, so a variant belongs to one attack alone."""
+    names = registry.names
+    monkeypatch.setattr(
+        registry, "names", lambda family: names(family) + ["sig_sharp"] * (family == "dataset_attacks")
+    )
+    registry.base.cache_clear()
+    try:
+        assert registry.base("dataset_attacks", "sig_sharp") == "sig_sharp"
+        assert registry.base("dataset_attacks", "sig_sharp_10") == "sig_sharp"
+        assert registry.base("dataset_attacks", "sig_sharper") == "sig"
+        for name in ("sig_sharp", "sig_sharp_10"):
+            with pytest.raises(InputError, match=f"variants.{name}: a variant of sig"):
+                validate(with_attacks(**{name: {"attack": "sig", "settings": {}}}))
+    finally:
+        registry.base.cache_clear()

@@ -52,7 +52,8 @@ LIKE_TEST = ("badnets", "blended", "sig", "tact", "adaptive", "wanet")  # poison
 def attack(name, images, encoder_trigger=None, seed=0, **settings):
     module = registry.load("dataset_attacks", name)
     settings = module.Settings(**FOUR.get(name, {}) | settings)
-    return module.poison(images, None if name == "adaptive" else 2, settings, seed, encoder_trigger)
+    known = {"encoder_trigger": encoder_trigger} if name == "adaptive" else {}
+    return module.poison(images, None if name == "adaptive" else 2, settings, seed, **known)
 
 
 @pytest.mark.parametrize(
@@ -657,9 +658,9 @@ def test_adaptive_is_the_encoder_attack(images, encoder_trigger):
     assert (result.images.pixels[poison][:, 21:31, 21:31] == 255).all()
     with pytest.raises(InputError, match="target = 1"):
         adaptive.poison(images, 1, adaptive.Settings(), 0, encoder_trigger)
-    for missing in (None, (None, {}, {"attack": "clean", "target": None})):
-        with pytest.raises(InputError, match="encoder"):
-            adaptive.poison(images, 3, adaptive.Settings(), 0, missing)
+    of_nobody = (None, {}, {"attack": "clean", "target": None})
+    with pytest.raises(InputError, match="encoder"):
+        adaptive.poison(images, 3, adaptive.Settings(), 0, of_nobody)
 
 
 def test_clean_changes_nothing(images, tmp_path):
@@ -704,6 +705,11 @@ def test_command(images, tmp_path, monkeypatch):
     runpy.run_path(str(SCRIPT), run_name="__main__")
     assert triggers.load(tmp_path / "trigger")[1]["goals"] == [-1, -1, -1, 1]
     assert load_table(tmp_path / "truth")["is_cover"].sum() == 6
+
+    for name, told in (("adaptive", "--encoder-trigger"), ("tis_aware", "--encoder")):
+        monkeypatch.setattr("sys.argv", [*command, f"--attack={name}", "--target=1"])
+        with pytest.raises(SystemExit, match=f"{name} is told of the encoder: give {told}$"):
+            runpy.run_path(str(SCRIPT), run_name="__main__")
 
     monkeypatch.setattr("sys.argv", [*command, "--target=9"])
     with pytest.raises(SystemExit, match="target = 9"):

@@ -56,9 +56,17 @@ def test_cells_are_computed_once():
     assert grid.cells(twice).equals(grid.cells(once))
 
 
-def test_only_the_adaptive_attack_needs_a_set_for_each_encoder():
-    assert grid.received("a", "e", "b", "d", 0) == grid.received("c", "clean", "b", "d", 0)
-    assert grid.received("a", "e", "b", "adaptive", 0) == "poisoned/a-e/b-adaptive/0"
+def test_only_an_attack_that_is_told_of_the_encoder_needs_a_set_for_each():
+    for name in ("badnets", "badnets_10", "adap_blend_10", "clean"):
+        assert grid.received("a", "e", "b", name, 0) == f"poisoned/any/b-{name}/0"
+        assert grid.received("c", "clean", "b", name, 0) == f"poisoned/any/b-{name}/0"
+    for name in ("adaptive", "tis_aware", "tis_aware_16"):
+        assert grid.received("a", "e", "b", name, 0) == f"poisoned/a-e/b-{name}/0"
+    assert grid.received("a", grid.RECEIVED, "b", grid.RECEIVED, 0) == "datasets/b"
+
+
+def test_a_variant_of_an_attack_makes_the_attacks_scenario():
+    assert grid.scenario("clean", "sig_10") == "T2" and grid.scenario("badencoder", "sig_10") == "T1+T2"
 
 
 def test_a_cell_is_known_by_its_name():

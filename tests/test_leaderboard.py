@@ -39,7 +39,7 @@ def cell(defense: str, acc: float, rate: float, seconds: float = 1.0, seed: int 
 
 def many(attacks: int = 7, defenses: int = 14, seeds: int = 2) -> pd.DataFrame:
     """Four scenarios; every defence is worse than the one before it."""
-    on_encoders, on_sets = ("badencoder", "drupe"), [f"attack_{i}" for i in range(attacks)]
+    on_encoders, on_sets = ("badencoder", "drupe"), [f"badnets_{i}" for i in range(attacks)]
     pairs = [("clean", d) for d in on_sets] + list(product(on_encoders, ["clean", "adaptive", *on_sets]))
     names = ["none", "tcore", *(f"defence_{i}" for i in range(defenses - 2))]
     random = np.random.default_rng(0)

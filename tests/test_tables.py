@@ -59,9 +59,27 @@ def test_what_two_tables_print_is_the_same():
         assert len(both) == shared and (both["value_x"] == both["value_y"]).all()
 
 
+def test_published_poisons_among_the_seeds_at_five_ratios():
+    """Cells without a poison, and poisons in all, by data set: counted in the paper apart from the file."""
+    found = REPORTED[REPORTED["table"] == 5]
+    counted = found.groupby("downstream")["value"].agg([lambda poisons: (poisons == 0).sum(), "sum", "size"])
+    assert {
+        name: tuple(row) for name, row in zip(counted.index, counted.to_numpy().tolist(), strict=True)
+    } == {
+        "stl10": (35, 0, 35),
+        "cifar10": (35, 0, 35),
+        "gtsrb": (34, 1, 35),
+        "svhn": (25, 39, 35),
+        "imagenet10": (34, 2, 35),
+    }
+    ratios = found["dataset_attack"].str.extract(r"_(\d+)$")[0].fillna("20")
+    assert ratios.value_counts().to_dict() == dict.fromkeys(("10", "15", "20", "25", "30"), 35)
+
+
 def test_every_published_number_has_its_cell_in_the_papers_grid():
-    overlays = [yaml.safe_load((ROOT / f"config/{name}.yaml").read_text()) for name in ("vit", "growth")]
-    cells = pd.concat([grid.cells(AXES | overlay) for overlay in ({}, *overlays)], ignore_index=True)
+    names = ("vit", "growth", "tis-aware", "ratios")
+    overlays = [yaml.safe_load((ROOT / f"config/{name}.yaml").read_text()) for name in names]
+    cells = pd.concat([grid.cells(AXES | overlay) for overlay in ({}, *overlays)]).drop_duplicates()
     wanted = REPORTED[tables.KEYS].drop_duplicates()
     assert len(wanted.merge(cells[cells["seed"] == 0])) == len(wanted)
     assert set(REPORTED["table"]) == set(tables.TITLES)
@@ -107,6 +125,15 @@ def test_counts_are_those_of_the_last_step_and_no_percentages():
     poisons = line(tables.compare(6, REPORTED, pd.concat([cell(0, 0.8, 0), cell(1, 0.8, 0)])), "poisons")
     assert (poisons["reported"], poisons["reproduced"]) == (0, 4.5)
     assert poisons["high"] == pytest.approx(4.5 + 12.7062 * 0.5, abs=1e-3) and poisons["low"] == 0
+
+
+def test_poisons_among_the_seeds_stand_beside_percentages():
+    rows = [("sift", None, "poisons", 5, np.nan, np.nan), ("test", None, "asr_dataset", 0.9, 0.8, 1.0)]
+    rows = [dict(zip(results.NUMBERS, row, strict=True)) for row in rows]
+    found = results.tidy(CELL | {"dataset_attack": "tis_aware_16"}, rows)
+    compared = tables.compare(12, REPORTED, found).query("n == 1").set_index("metric")
+    assert compared["reported"].to_dict() == {"asr_dataset": 92.52, "poisons": 38}
+    assert compared["difference"].to_dict() == {"asr_dataset": pytest.approx(-2.52), "poisons": -33}
 
 
 def test_the_page_says_what_is_there():

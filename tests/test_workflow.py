@@ -193,11 +193,68 @@ def test_how_an_attack_on_encoders_works_is_read_from_its_file():
         )
 
 
-def test_the_defender_sees_what_a_user_receives_and_nothing_else(demo, every_attack, figures):
+@pytest.fixture(scope="module")
+def knowing(sources, tmp_path_factory):
+    """A plan with an attack on data sets that is told of the encoder, and its commands."""
+    overlay = tmp_path_factory.mktemp("overlay") / "overlay.yaml"
+    overlay.write_text(
+        "{scenarios: [T1, T2, T1+T2], dataset_attacks: [badnets, tis_aware, tis_aware_16],"
+        " variants: {tis_aware_16: {attack: tis_aware, settings: {eps: 16}}}}"
+    )
+    arguments = ("--configfile", str(overlay))
+    return plan(sources, *arguments), snakemake(sources, "-n", "--printshellcmds", *arguments)
+
+
+def test_an_attack_that_is_told_of_the_encoder_makes_a_set_for_each(knowing):
+    jobs, commands = knowing
+    # clean, badnets; tis_aware and its variant for the clean encoder and for the attacked one
+    assert counts(jobs)["poison_dataset"] == 2 + 2 * 2
+    assert counts(jobs)["poison_encoder"] == 2
+    assert counts(jobs)["train_head"] == counts(jobs)["sift"] == 1 + 3 + 3
+    attackers = [paths for script, paths in jobs if script == "poison_dataset" and "tis_aware" in str(paths)]
+    for encoder in ("scenes-clean", "scenes-badencoder"):
+        for name in ("tis_aware", "tis_aware_16"):
+            place = f"data/poisoned/{encoder}/signs-{name}/0"
+            (own,) = (paths for paths in attackers if f"{place}/train.parquet" in paths)
+            assert {path for path in own if not path.startswith((place, "data/logs"))} == {
+                "data/datasets/signs/train.parquet",
+                f"data/encoders/{encoder}/signs/0/encoder.safetensors",
+            }
+    users = re.findall(r"poison_dataset\.py .*--user '(.*?)' --attack tis_aware .*\"eps\": (\d+)", commands)
+    assert sorted(eps for _, eps in users) == ["16", "16", "8", "8"]
+    (user,) = {json.dumps(json.loads(text)) for text, _ in users}
+    (sifting,) = set(re.findall(r"scripts/sift\.py .*--settings '(.*?)'", commands))
+    (training,) = set(re.findall(r"scripts/train_head\.py .*--settings '(.*?)'", commands))
+    assert json.loads(user) == json.loads(sifting) | json.loads(training)
+
+
+def test_a_variant_of_an_attack_has_the_last_word(sources, tmp_path):
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(
+        """
+        scenarios: [T2, T1+T2]
+        dataset_attacks: [badnets, badnets_30]
+        variants: {badnets_30: {attack: badnets, settings: {ratio: 0.3, size: 5}}}
+        datasets: {signs: {attacks: {badnets: {opacity: 0.5, size: 9}}}}
+        """
+    )
+    jobs = counts(plan(sources, "--configfile", str(overlay)))
+    assert jobs["poison_dataset"] == 2 and jobs["train_head"] == 2 * 2 and jobs["predict"] == 2 * 4
+    commands = snakemake(sources, "-n", "--printshellcmds", "--configfile", str(overlay))
+    found = re.findall(r"--attack (\w+) .*--settings '(.*?)' .*--train data/poisoned/any/(\S+)", commands)
+    settings = {place: (attack, json.loads(text)) for attack, text, place in found}
+    attack, own = settings.pop("signs-badnets_30/0/train.parquet")
+    assert attack == "badnets" and (own["ratio"], own["size"], own["opacity"]) == (0.3, 5, 0.5)
+    attack, own = settings.pop("signs-badnets/0/train.parquet")
+    assert attack == "badnets" and (own["ratio"], own["size"], own["opacity"]) == (0.2, 9, 0.5)
+    assert not settings
+
+
+def test_the_defender_sees_what_a_user_receives_and_nothing_else(demo, every_attack, knowing, figures):
     """An allow-list for all jobs that write below data/defended: no truth, trigger, test set, clean data."""
     defenders = set()
     gift = [script for script, _ in figures].index("grant_clean")  # the scenario's, which knows the truth
-    for script, paths in [*demo, *every_attack[0], *figures[:gift], *figures[gift + 1 :]]:
+    for script, paths in [*demo, *every_attack[0], *knowing[0], *figures[:gift], *figures[gift + 1 :]]:
         cells = {"/".join(path.split("/")[2:5]) for path in paths if path.startswith("data/defended/")}
         own = [
             path
@@ -266,6 +323,17 @@ def test_a_table_of_the_paper_by_hand(sources, tmp_path):
             "make_report",
             "compare_tables",
         }
+
+
+def test_the_table_of_the_attacker_who_knows_sifting_by_hand(sources, tmp_path):
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text("seeds: [0]")
+    files = ("config/paper.yaml", "config/tis-aware.yaml", str(overlay))
+    jobs = counts(plan(sources, "--configfile", *files, "--", "table_12"))
+    # one pair and seed, four sizes of the perturbation, without and with T-Core
+    assert jobs["pretrain_encoder"] == jobs["poison_encoder"] == 1
+    assert jobs["poison_dataset"] == jobs["train_head"] == jobs["sift"] == jobs["bootstrap"] == 4
+    assert jobs["predict"] == jobs["evaluate"] == 2 * 4 and jobs["compare_tables"] == 1
 
 
 def test_a_variant_of_tcore_shares_what_comes_before_the_first_stage_that_differs(sources, tmp_path):
@@ -435,6 +503,16 @@ def measured(cells: int) -> dict[str, int]:
             {"pretrain_encoder": 1, "poison_encoder": 1, "poison_dataset_adaptively": 1, "grant_clean": 1}
             | (USER | STAGES | STRIP | measured(3)),
         ),
+        (
+            "{scenarios: [T3, T1+T2], dataset_attacks: [sig_10],"
+            " variants: {sig_10: {attack: sig, settings: {ratio: 0.1}}}}",
+            {"poison_dataset": 1, "grant_clean": 1} | USER | STAGES | STRIP | measured(3),
+        ),
+        (
+            "{scenarios: [T3, T1+T2], dataset_attacks: [tis_aware]}",
+            {"poison_dataset_knowingly": 1, "grant_clean": 1} | USER | STAGES | STRIP | measured(3),
+        ),
+        ("variants: {sig_10: {attack: sig, settings: {ratio: 0.1}}}", {}),
         # a shorter one
         ("defenses: [none, tcore]", END),
     ],
@@ -529,6 +607,43 @@ def test_data_that_change_make_stale_what_reads_them(finished, file, expected):
     finally:
         path.write_bytes(before)
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def test_a_variant_of_an_attack_follows_its_own_settings_and_the_attacks_code(finished, tmp_path):
+    overlay = tmp_path / "overlay.yaml"
+    target = (str(overlay), "--", "data/poisoned/any/signs-sig_10/0/train.parquet")
+
+    def after(more="", ten=0.1, twenty=0.2) -> dict[str, int]:
+        overlay.write_text(
+            f"""
+            scenarios: [T2]
+            dataset_attacks: [sig_10, sig_20]
+            variants:
+              sig_10: {{attack: sig, settings: {{ratio: {ten}}}}}
+              sig_20: {{attack: sig, settings: {{ratio: {twenty}}}}}
+            {more}
+            """
+        )
+        return stale(finished, *target)
+
+    again = {"poison_dataset": 1}
+    assert after() == again
+    snakemake(finished, "--cores", "1", *SMOKE, *target, PYTHONVERBOSE="1")
+    assert after() == after(twenty=0.3) == {}
+    assert after(ten=0.15) == again
+    assert after("methods: {sig: {delta: 20.0}}") == again
+    assert after("datasets: {signs: {attacks: {sig: {delta: 20.0}}}}") == again
+    # the variant says otherwise
+    assert after("methods: {sig: {ratio: 0.3}}") == {}
+    assert after("datasets: {signs: {attacks: {sig: {ratio: 0.3}}}}") == {}
+    for name, expected in (("sig", again), ("wanet", {})):
+        file = finished / f"tcore/dataset_attacks/{name}.py"
+        text = file.read_text()
+        try:
+            file.write_text(f"{text}\nANOTHER = 1\n")
+            assert after() == expected
+        finally:
+            file.write_text(text)
 
 
 def test_a_digest_covers_what_its_step_imports(finished):

@@ -64,9 +64,7 @@ def masks(height: int, width: int, index: np.ndarray, settings: Settings, seed: 
     return shown[:, row[:, None] * side + column][:, None]
 
 
-def poison(
-    images: ImageSet, target: int | None, settings: Settings, seed: int, encoder_trigger=None
-) -> Poisoned:
+def poison(images: ImageSet, target: int | None, settings: Settings, seed: int) -> Poisoned:
     target = check_target(images, target)
     size = images.tensor.shape[2:]
     trigger = make_trigger(*size, settings)

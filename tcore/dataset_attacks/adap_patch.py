@@ -76,9 +76,7 @@ def deal(index: np.ndarray, kinds: int, seed: int, part: str) -> np.ndarray:
     return dealt
 
 
-def poison(
-    images: ImageSet, target: int | None, settings: Settings, seed: int, encoder_trigger=None
-) -> Poisoned:
+def poison(images: ImageSet, target: int | None, settings: Settings, seed: int) -> Poisoned:
     target = check_target(images, target)
     if len(settings.marks) != len(settings.opacities) or not settings.marks:
         raise InputError(

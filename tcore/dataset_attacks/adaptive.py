@@ -10,6 +10,8 @@ from tcore.files import InputError
 from tcore.poisoning import Poisoned, dirty_label
 from tcore.triggers import Stamp, Trigger
 
+TOLD = "encoder_trigger"
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -23,10 +25,10 @@ def poison(
     target: int | None,
     settings: Settings,
     seed: int,
-    encoder_trigger: tuple[Stamp | None, Trigger, dict] | None = None,
+    encoder_trigger: tuple[Stamp | None, Trigger, dict],
 ) -> Poisoned:
     """`encoder_trigger` is (stamp, tensors, meta); `target` is None or equal to the encoder attack's."""
-    stamp, trigger, meta = encoder_trigger or (None, {}, {})
+    stamp, trigger, meta = encoder_trigger
     if stamp is None:
         raise InputError(
             "adaptive needs the trigger of an encoder attack other than clean (--encoder-trigger)"

@@ -54,9 +54,7 @@ def stamp(images: Tensor, trigger: Trigger) -> Tensor:
     return triggers.paste(images, **trigger)
 
 
-def poison(
-    images: ImageSet, target: int | None, settings: Settings, seed: int, encoder_trigger=None
-) -> Poisoned:
+def poison(images: ImageSet, target: int | None, settings: Settings, seed: int) -> Poisoned:
     trigger = make_trigger(*images.tensor.shape[2:], settings)
     if not settings.all_to_all:
         return dirty_label(

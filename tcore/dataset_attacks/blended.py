@@ -41,8 +41,6 @@ def stamp(images: Tensor, trigger: Trigger) -> Tensor:
     return triggers.paste(images, **trigger)
 
 
-def poison(
-    images: ImageSet, target: int | None, settings: Settings, seed: int, encoder_trigger=None
-) -> Poisoned:
+def poison(images: ImageSet, target: int | None, settings: Settings, seed: int) -> Poisoned:
     trigger = make_trigger(*images.tensor.shape[2:], settings)
     return dirty_label(images, target, settings, seed, lambda pixels: stamp(pixels, trigger), trigger, OWNER)

@@ -11,7 +11,5 @@ class Settings:
     """Nothing to set."""
 
 
-def poison(
-    images: ImageSet, target: int | None, settings: Settings, seed: int, encoder_trigger=None
-) -> Poisoned:
+def poison(images: ImageSet, target: int | None, settings: Settings, seed: int) -> Poisoned:
     return Poisoned(images, truth(images), {}, None, ("dataset_attacks", "clean"))

@@ -45,9 +45,7 @@ def stamp(images: Tensor, trigger: Trigger) -> Tensor:
     return (images + wave).clamp(0, 255).to(torch.uint8)
 
 
-def poison(
-    images: ImageSet, target: int | None, settings: Settings, seed: int, encoder_trigger=None
-) -> Poisoned:
+def poison(images: ImageSet, target: int | None, settings: Settings, seed: int) -> Poisoned:
     target = check_target(images, target)
     trigger = make_trigger(*images.tensor.shape[2:], settings)
     own = images.labels == target

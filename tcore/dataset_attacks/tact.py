@@ -64,9 +64,7 @@ def _check_classes(images: ImageSet, target: int, settings: Settings) -> None:
         raise InputError("tact: sources is empty; name at least one class")
 
 
-def poison(
-    images: ImageSet, target: int | None, settings: Settings, seed: int, encoder_trigger=None
-) -> Poisoned:
+def poison(images: ImageSet, target: int | None, settings: Settings, seed: int) -> Poisoned:
     target = check_target(images, target if settings.target is None else settings.target)
     _check_classes(images, target, settings)
     trigger = make_trigger(*images.tensor.shape[2:], settings)

@@ -95,9 +95,7 @@ def jitter(places: Tensor, index: np.ndarray, seed: int) -> Tensor:
     return torch.minimum((places + shift).clamp(min=0), ((sides - 1) * UNIT).int())
 
 
-def poison(
-    images: ImageSet, target: int | None, settings: Settings, seed: int, encoder_trigger=None
-) -> Poisoned:
+def poison(images: ImageSet, target: int | None, settings: Settings, seed: int) -> Poisoned:
     target = check_target(images, target)
     trigger = make_trigger(*images.tensor.shape[2:], settings, seed)
     poisons = choose_poisons(images, target, settings, seed, OWNER)
