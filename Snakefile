@@ -52,6 +52,7 @@ include: "rules/tcore.smk"
 include: "rules/defenses.smk"
 include: "rules/evaluation.smk"
 include: "rules/tables.smk"
+include: "rules/figures.smk"
 include: "rules/received.smk"
 
 

@@ -6,7 +6,7 @@ import json
 from snakemake.common import overwrite_function_params
 from snakemake.exceptions import WorkflowError
 
-from tcore import grid, provenance, registry, tables
+from tcore import grid, paper_figure, provenance, registry, tables
 from tcore.config import require_files, validate
 from tcore.files import InputError
 
@@ -36,9 +36,10 @@ wildcard_constraints:
     downstream="|".join(VICTIMS["downstream"].unique()),
     encoder_attack="|".join({"clean", *VICTIMS["encoder_attack"]}),
     dataset_attack="|".join({"clean", *VICTIMS["dataset_attack"]}),
-    defense="|".join(VICTIMS["defense"].unique()),
+    defense="|".join({"ct", *VICTIMS["defense"]}),  # figure 2 grants CT clean samples in any grid
     seed="[0-9]+",
     table="[0-9]+",
+    paper_figure="figure_[0-9]+",
 
 
 def signed(function):
@@ -432,6 +433,30 @@ def metrics_of_table(wildcards):
             f"table {wildcards.table}: no cell of the grid is in it; run with --configfile config/paper.yaml"
         )
     return expand(rules.evaluate.output.metrics, zip, **own)
+
+
+def figures_in_grid():
+    """The paper's figures of which the grid has victims."""
+    return [figure for figure in paper_figure.names() if len(paper_figure.victims(figure, CELLS))]
+
+
+def measured_of_figure(wildcards):
+    """What is measured of the grid's victims that one of the paper's figures is about."""
+    figure = wildcards.paper_figure
+    victims = paper_figure.victims(figure, CELLS)
+    if victims.empty:
+        raise WorkflowError(f"{figure}: no cell of the grid is in it; it needs {paper_figure.wanted(figure)}")
+    return expand(rules.measure_figure.output.measured, zip, **victims.assign(paper_figure=figure))
+
+
+def settings_of_figure(wildcards):
+    return settings(*paper_figure.methods(wildcards.paper_figure))
+
+
+def trusted_for_figure(wildcards):
+    """The table of trusted samples that a figure takes; most take none."""
+    file = paper_figure.declared(wildcards.paper_figure).get("TRUSTED")
+    return f"data/defended/{CELL}/{file}".format(**wildcards) if file else []
 
 
 def shown(wildcards):

@@ -17,6 +17,7 @@ TITLES = {
     "stages": "T-Core",
     "models": "The classifier's head",
     "defenses": "Other defences",
+    "paper_figures": "The paper's figures",
 }
 
 

@@ -9,54 +9,22 @@ import json
 from pathlib import Path
 
 import pandas as pd
-import torch
-import torch.nn.functional as F
-from torch import nn
-from tqdm import trange
 
 from tcore import device as devices
-from tcore import metrics, registry, seeds
+from tcore import metrics, registry
 from tcore.cli import run
 from tcore.data.images import ImageSet
 from tcore.data.sources import parquet
-from tcore.device import autocast
 from tcore.files import atomic
+from tcore.models import end_to_end
 from tcore.models import head as heads
 from tcore.models.classifier import Classifier, logits
-from tcore.models.encoder import Encoder, extract_features, floats, load_encoder
-from tcore.models.head import batches
+from tcore.models.encoder import extract_features, load_encoder
 from tcore.poisoning import Poisoned
-from tcore.pretraining.augment import flip
 from tcore.settings import resolve
 from tcore.triggers import in_blocks
 
 ATTACKS = ("badnets", "blended", "sig", "wanet", "tact", "adap_blend", "adap_patch")
-
-
-def train(
-    images: ImageSet, architecture: str, epochs: int, batch: int, lr: float, seed: int, device
-) -> Classifier:
-    """An encoder with a linear head, both trained from scratch; flips are the only augmentation."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seeds.derive(seed, "implantation", "weights"))
-        encoder = Encoder(architecture, images.pixels.shape[1])
-        model = Classifier(encoder, nn.Linear(encoder.dim, images.num_classes))
-    model.to(device, memory_format=torch.channels_last).train()
-    steps = epochs * (len(images) // batch + 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.2)
-    order = seeds.generator(seed, "implantation", "order")
-    flips = seeds.generator(seed, "implantation", "flips", device=device.type)
-    pixels, labels = images.tensor.to(device), images.targets.to(device)
-    for _ in trange(epochs, desc="training", unit="epoch", leave=False):
-        for rows in batches(len(images), batch, order, device):
-            with autocast(device):
-                loss = F.cross_entropy(model(flip(floats(pixels[rows]), flips)).float(), labels[rows])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    return model.eval()
 
 
 def outcome(model: Classifier, test: ImageSet, poisoned: Poisoned) -> dict[str, float]:
@@ -105,7 +73,7 @@ def main() -> None:
         counts = {part: int(poisoned.truth[f"is_{part}"].sum()) for part in ("poison", "cover")}
         models = {}
         if not args.no_end_to_end:
-            models["end to end"] = train(
+            models["end to end"] = end_to_end.train(
                 poisoned.images, args.architecture, args.epochs, args.batch, args.lr, args.seed, device
             )
         if args.encoder:

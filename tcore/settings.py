@@ -25,6 +25,7 @@ FAMILIES = (
     "defenses",
     "stages",
     "models",
+    "paper_figures",
 )
 
 

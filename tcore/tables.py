@@ -23,7 +23,8 @@ from the paper's tables:
 - 19: of IBD-PSC only the one rate that is printed apart.
 
 Not among them, because the grid has no such cells: 16 (seconds by images per class: the size of a data set is
-no axis), 18. Figures 1 to 6 are published as pictures, without their numbers.
+no axis), 18. Figures 1 to 6 are published as pictures, without their numbers; what they show is measured by
+targets of their own (`tcore/paper_figure.py`).
 """
 
 from pathlib import Path

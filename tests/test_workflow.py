@@ -94,6 +94,34 @@ def test_the_demo_by_hand(demo):
     }
 
 
+@pytest.fixture(scope="module")
+def figures(sources):
+    return plan(sources, "figures")
+
+
+def test_the_papers_figures_by_hand(figures):
+    # T2 in all six, T3 in 3 and 4, T1 in 4 and 5; figure 2 grants CT clean samples, 6 takes T-Core's seeds.
+    assert counts(figures) == {
+        "prepare_dataset": 2,
+        "pretrain_encoder": 1,
+        "poison_encoder": 2,
+        "poison_dataset": 3,
+        **dict.fromkeys(("extract_features", "train_head"), 3),
+        **dict.fromkeys(("grant_clean", "sift"), 1),
+        "measure_figure": 6 + 2 + 2,
+        "draw_figure": 6,
+    }
+
+
+def test_one_figure_alone_and_one_that_the_grid_has_no_cell_of(sources, tmp_path):
+    assert counts(plan(sources, "figure_5"))["measure_figure"] == 2
+    (tmp_path / "overlay.yaml").write_text("scenarios: [T1]")
+    command = [sys.executable, "-m", "snakemake", "-n", "--configfile", tmp_path / "overlay.yaml"]
+    run = subprocess.run([*command, "--", "figure_6"], cwd=sources, capture_output=True, text=True)
+    assert run.returncode != 0
+    assert "no cell of the grid is in it; it needs T2" in run.stdout + run.stderr
+
+
 def test_another_grid_by_hand(sources, tmp_path):
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text("{scenarios: [T1, T3], seeds: [0, 1], defenses: [tcore]}")
@@ -222,10 +250,11 @@ def test_a_variant_of_an_attack_has_the_last_word(sources, tmp_path):
     assert not settings
 
 
-def test_the_defender_sees_what_a_user_receives_and_nothing_else(demo, every_attack, knowing):
+def test_the_defender_sees_what_a_user_receives_and_nothing_else(demo, every_attack, knowing, figures):
     """An allow-list for all jobs that write below data/defended: no truth, trigger, test set, clean data."""
     defenders = set()
-    for script, paths in [*demo, *every_attack[0], *knowing[0]]:
+    gift = [script for script, _ in figures].index("grant_clean")  # the scenario's, which knows the truth
+    for script, paths in [*demo, *every_attack[0], *knowing[0], *figures[:gift], *figures[gift + 1 :]]:
         cells = {"/".join(path.split("/")[2:5]) for path in paths if path.startswith("data/defended/")}
         own = [
             path
@@ -624,6 +653,7 @@ def test_a_digest_covers_what_its_step_imports(finished):
         for family in FAMILIES
         for name in registry.names(family)
     }
+    snakemake(finished, "--cores", "2", "figure_3", *SMOKE, PYTHONVERBOSE="1")
     attacks = ("encoder_attacks/badencoder", "dataset_attacks/adaptive")  # a rule may name more than it needs
     checked = set()
     for file in (path for path in (finished / ".snakemake/metadata").rglob("*") if path.is_file()):
@@ -638,6 +668,7 @@ def test_a_digest_covers_what_its_step_imports(finished):
         assert any(f"'{digest}'" in record["params"] for digest in digests), (script, named)
         checked.add(script)
     assert {"pretrain_encoder", "poison_encoder", "poison_dataset", "sift", "predict"} <= checked
+    assert {"measure_figure", "draw_figure"} <= checked
 
 
 def test_a_clone_with_pulled_data_is_up_to_date(finished, tmp_path):

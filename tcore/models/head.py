@@ -7,6 +7,7 @@ and the training recipe are those of BadEncoder's downstream classifier (Jia et 
 2022), whose published results agree with the paper's undefended rows.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -68,9 +69,19 @@ def batches(n: int, size: int, generator: torch.Generator, device: torch.device)
 
 
 def fit_head(
-    head: Head, features: Tensor, labels: Tensor, epochs: int, seed: int, *names: str, bar=True
+    head: Head,
+    features: Tensor,
+    labels: Tensor,
+    epochs: int,
+    seed: int,
+    *names: str,
+    bar: bool = True,
+    watch: Callable[[Head], None] | None = None,
 ) -> Head:
-    """Trains `head` in place by cross-entropy on cached features (n, d); eval mode after."""
+    """Trains `head` in place by cross-entropy on cached features (n, d); eval mode after.
+
+    `watch` is shown the head, in eval mode, after every pass.
+    """
     settings, device = head.settings, features.device
     head.to(device).train()
     optimizer = torch.optim.Adam(head.parameters(), settings.lr)
@@ -83,4 +94,7 @@ def fit_head(
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
+            if watch:
+                watch(head.eval())
+                head.train()
     return head.eval()

@@ -141,6 +141,24 @@ def highest(values: Tensor, candidates: Tensor, n: int, groups: Tensor | None = 
     )
 
 
+def confused_head(
+    features: Tensor,
+    labels: Tensor,
+    subset: Tensor,
+    classes: int,
+    settings: Settings,
+    head: heads.Settings,
+    seed: int,
+    number: int,
+) -> heads.Head:
+    """The head of round `number`: trained on all but the clean subset, then confused by it."""
+    stream = ("expand", number)
+    model = heads.new_head(features.shape[1], classes, head, seed, *stream)
+    heads.fit_head(model, features[~subset], labels[~subset], settings.epochs, seed, *stream, bar=False)
+    confuse(model, features, labels, subset, settings, seeds.generator(seed, *stream, "confusion"))
+    return model
+
+
 def expand(
     features: Tensor,
     labels: Tensor,
@@ -161,13 +179,8 @@ def expand(
     with tqdm(total=target, initial=int(trusted.sum()), desc="expand", unit="sample") as bar:
         while (size := int((rounds >= 0).sum())) < target:
             number = int(rounds.max()) + 1
-            stream = ("expand", number)
             subset = rounds >= 0
-            model = heads.new_head(features.shape[1], classes, head, seed, *stream)
-            heads.fit_head(
-                model, features[~subset], labels[~subset], settings.epochs, seed, *stream, bar=False
-            )
-            confuse(model, features, labels, subset, settings, seeds.generator(seed, *stream, "confusion"))
+            model = confused_head(features, labels, subset, classes, settings, head, seed, number)
             with torch.no_grad():
                 out = model(features)
                 loss = F.cross_entropy(out, labels, reduction="none")
@@ -175,7 +188,7 @@ def expand(
             score = loss
             if settings.witnesses:
                 groups = labels if settings.per_class else torch.zeros_like(labels)
-                doubt = testify(features, labels, subset, classes, settings, head, seed, *stream)
+                doubt = testify(features, labels, subset, classes, settings, head, seed, "expand", number)
                 score = -torch.maximum(*(places(by, ~subset, groups) for by in (loss, -doubt))).float()
             add = min(max(1, int(settings.round_share * (n - size))), target - size)
             rounds[highest(score, ~subset, add, labels if settings.per_class else None)] = number
