@@ -412,7 +412,8 @@ def test_a_table_of_the_paper_from_the_files_of_cells(world, tmp_path):
             "compare_tables", "--table", number, "--published", tmp_path / "published.csv",
             "--grid", json.dumps(world.axes()), "--data", world.data,
             "--markdown", tmp_path / "table.md", "--latex", tmp_path / "table.tex",
-            "--csv", tmp_path / "table.csv", "--record", tmp_path / "table.run.json",
+            "--csv", tmp_path / "table.csv", "--picture", tmp_path / "table.png",
+            "--record", tmp_path / "table.run.json",
         )  # fmt: skip
         return pd.read_csv(tmp_path / "table.csv")
 
