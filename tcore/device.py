@@ -11,9 +11,13 @@ taken: list[int] = []  # files that `free_gpu` has locked, open until the proces
 
 
 def pick(wish: str = "auto") -> torch.device:
-    """'auto' takes a GPU where there is one; 'cpu', 'cuda' or 'cuda:1' are taken literally."""
+    """'auto' takes a GPU where there is one; 'cpu', 'cuda' or 'cuda:1' are taken literally.
+
+    From here on cuDNN uses algorithms alone that give the same numbers again.
+    """
     if wish == "auto":
         wish = f"cuda:{free_gpu()}" if torch.cuda.is_available() else "cpu"
+    torch.backends.cudnn.deterministic = True
     return torch.device(wish)
 
 

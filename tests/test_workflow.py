@@ -10,6 +10,7 @@ from collections import Counter
 from itertools import combinations
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from tcore import alive, provenance, registry
@@ -413,6 +414,19 @@ def test_the_run_leaves_a_report_and_is_then_up_to_date(finished):
     assert set(json.loads((finished / "data/results/summary.json").read_text())) == {"T3"}
     assert not list((finished / "data").rglob("*.part"))
     assert stale(finished) == {}
+
+
+def test_steps_run_without_snakemake_and_it_then_has_nothing_to_do(finished, tmp_path):
+    folder = copy_sources(tmp_path)
+    (folder / "plan.txt").write_text(snakemake(folder, "-n", "-p", *SMOKE))
+    run_steps = (sys.executable, "scripts/run_steps.py", "plan.txt", "--jobs", "2")
+    call(folder, *run_steps, PYTHONPATH=str(folder))
+    assert stale(folder) == {}
+    results = Path("data/results/scenes-badencoder/signs-adaptive/0/tcore/metrics.parquet")
+    assert pd.read_parquet(folder / results).equals(pd.read_parquet(finished / results))
+    times = {file: file.stat().st_mtime_ns for file in folder.glob("data/results/**/*") if file.is_file()}
+    call(folder, *run_steps, PYTHONPATH=str(folder))
+    assert times == {file: file.stat().st_mtime_ns for file in times}
 
 
 def test_a_preview_of_what_is_there_while_another_run_goes_on(finished):

@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+TO_YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+FROM_YIQ = torch.linalg.inv(TO_YIQ)  # once: on a GPU an inversion waits for all work before it
+
 
 def _uniform(n: int, low: float, high: float, images: Tensor, generator: Generator) -> Tensor:
     return torch.empty(n, 1, 1, 1, device=images.device).uniform_(low, high, generator=generator)
@@ -70,12 +73,11 @@ def jitter(images: Tensor, generator: Generator, strength: float = 0.4, p: float
     grey = _luma(x)
     x = (grey + (x - grey) * _uniform(n, 1 - strength, 1 + strength, images, generator)).clamp(0, 1)
     angle = _uniform(n, -strength / 4, strength / 4, images, generator).view(n) * 2 * math.pi
-    to_yiq = images.new_tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
     turn = torch.eye(3, device=images.device).repeat(n, 1, 1)
     turn[:, 1, 1] = turn[:, 2, 2] = angle.cos()
     turn[:, 2, 1] = angle.sin()
     turn[:, 1, 2] = -angle.sin()
-    matrix = torch.linalg.inv(to_yiq) @ turn @ to_yiq  # (N, 3, 3)
+    matrix = FROM_YIQ.to(images) @ turn @ TO_YIQ.to(images)  # (N, 3, 3)
     x = torch.einsum("nij,njhw->nihw", matrix, x).clamp(0, 1)
     return torch.where(_chosen(n, p, images, generator), x, images)
 
