@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from sklearn.cluster import DBSCAN
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
 
@@ -14,7 +15,7 @@ from tcore.models import head as heads
 from tcore.models.classifier import Classifier
 from tcore.stages import sift
 
-SETTINGS = sift.Settings(seed_share=0.05, neighbours=20, radius_percentile=90.0)
+SETTINGS = sift.Settings(seed_share=0.05, neighbours=20)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -88,24 +89,42 @@ def line(*gaps: float) -> np.ndarray:
 # Whole numbers, so that equal distances are equal in float32 as well.
 def test_a_row_of_points_and_two_far_off():
     points = line(*[1] * 17, 50, 90)
-    assert sift.largest_cluster(points, 2, 90.0).tolist() == [True] * 18 + [False] * 2
+    assert sift.largest_cluster(points, 2, 0.5).tolist() == [True] * 18 + [False] * 2
 
 
 def test_of_two_clusters_the_larger():
     points = line(*[1] * 11, 50, *[1] * 23)  # 12 points, a gap, 24 points
-    assert sift.largest_cluster(points, 3, 90.0).tolist() == [False] * 12 + [True] * 24
+    assert sift.largest_cluster(points, 3, 0.5).tolist() == [False] * 12 + [True] * 24
 
 
-def test_a_radius_that_splits_the_class_is_raised():
-    # 30 close points, then 35 with gaps of 8: the 20th percentile links the close ones only, less than half
-    points = line(*[1] * 29, *[8] * 35, 400)
-    assert sift.largest_cluster(points, 2, 20.0).tolist() == [True] * 65 + [False]
+def test_a_tight_minority_beside_a_loose_majority():
+    # 12 close points, then 30 with gaps of 8, behind a gap of 20: the radius has to reach 8 but not 20
+    points = line(*[1] * 11, 20, *[8] * 29, *[400] * 8)
+    assert sift.largest_cluster(points, 2, 0.33).tolist() == [False] * 12 + [True] * 30 + [False] * 8
+    assert sift.largest_cluster(points, 2, 0.2).tolist() == [True] * 12 + [False] * 38  # too small a majority
+    assert sift.largest_cluster(points, 2, 0.7).tolist() == [True] * 42 + [False] * 8  # too large a one
 
 
-def test_where_no_radius_gathers_half_of_the_class_all_of_it_counts():
-    # 3 equal groups: their inner distances are all there is to choose a radius from
-    points = line(*([1] * 4 + [100]) * 3)[:-1]
-    assert sift.largest_cluster(points, 5, 90.0).tolist() == [True] * 15
+def test_the_radius_is_the_smallest_that_will_do():
+    points = normal(200, 3).numpy()
+    found = sift.largest_cluster(points, 5, 0.4)
+    distance = np.linalg.norm(points[:, None].astype(float) - points[None], axis=2)
+    kth = np.sort(distance, axis=1)[:, 4]
+    shares = []
+    for level in range(1, 100):
+        cluster = DBSCAN(eps=np.percentile(kth, level), min_samples=5).fit(points.astype(float)).labels_
+        sizes = np.bincount(cluster[cluster >= 0], minlength=1)
+        shares.append(sizes.max() / 200)
+        if shares[-1] >= 0.4:
+            assert found.tolist() == (cluster == sizes.argmax()).tolist()
+            break
+    assert shares == sorted(shares) and 5 < len(shares) < 99
+
+
+def test_where_no_radius_gathers_the_majority_all_of_the_class_counts():
+    # 5 equal groups: their inner distances are all there is to choose a radius from
+    points = line(*([1] * 4 + [100]) * 5)[:-1]
+    assert sift.largest_cluster(points, 5, 0.33).tolist() == [True] * 25
 
 
 # --- seeds --------------------------------------------------------------------------------------
@@ -175,7 +194,7 @@ def test_a_core_that_is_too_small_is_filled_up_by_consistency():
     one[60:] += 50.0 * torch.arange(1, 41)
     two[:40] -= 50.0 * torch.arange(40, 0, -1)
     labels = torch.zeros(100, dtype=torch.long)
-    settings = sift.Settings(seed_share=0.3, neighbours=6, min_samples=3, radius_percentile=55.0)
+    settings = sift.Settings(seed_share=0.3, neighbours=6, min_samples=3, majority=0.55)
     table = sift.sift([one[:, None], two[:, None]], labels, settings)
     assert table.index[table.in_core].tolist() == list(range(40, 60))
     assert table.trusted.sum() == 30 and table.trusted[table.in_core].all()

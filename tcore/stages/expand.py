@@ -43,11 +43,11 @@ class Settings:
     subset_share: float = 0.1  # q, size of the clean subset as a share of D [paper: 4.1.2; 5.2 says 0.2]
     round_share: float = 0.05  # r_expand, share of the rest added per round [paper: App. A]
     per_class: bool = True  # rank losses within each class [paper: over all classes]
-    trust: float = 0.3  # lambda of eq. 3, weight of the untrusted data [open; CT 0.05]
+    trust: float = 0.1  # lambda of eq. 3, weight of the untrusted data [open; CT 0.05]
     wrong_label: str = "shifted"  # shifted: prediction plus a rotating offset; random: any other class [open]
-    epochs: int = 20  # head training before each confusion [open]
-    steps: int = 500  # confusion steps; 0: the loss of the head as trained, without confusion [open]
-    lr: float = 1e-2  # SGD's rate in confusion, momentum 0.9 [open]
+    epochs: int | None = None  # head training before each confusion; null: as the user's head [open]
+    steps: int = 2000  # confusion steps; 0: the loss of the head as trained, without confusion [open]
+    lr: float = 3e-3  # SGD's rate in confusion, momentum 0.9 [open; CT 0.001]
     batch: int = 128  # images of either kind per confusion step [open]
     witnesses: int = 0  # heads trained on the clean subset alone that are asked too [ours]
     witness_steps: int = 600  # a witness's training, rounded up to whole passes [ours]
@@ -154,7 +154,8 @@ def confused_head(
     """The head of round `number`: trained on all but the clean subset, then confused by it."""
     stream = ("expand", number)
     model = heads.new_head(features.shape[1], classes, head, seed, *stream)
-    heads.fit_head(model, features[~subset], labels[~subset], settings.epochs, seed, *stream, bar=False)
+    epochs = head.epochs if settings.epochs is None else settings.epochs
+    heads.fit_head(model, features[~subset], labels[~subset], epochs, seed, *stream, bar=False)
     confuse(model, features, labels, subset, settings, seeds.generator(seed, *stream, "confusion"))
     return model
 

@@ -8,8 +8,9 @@ layers; A_l is (n, d_l)) a clean sample keeps its place, a poison is moved betwe
     seeds        the floor(share |D_k|) members of B_k with the largest s
 
 The paper states neither DBSCAN's radius nor what breaks ties. Here the radius of a class and
-layer is a percentile of the distances to the min_samples-th neighbour within the class,
-raised until the largest cluster holds half of the class; ties go to the smaller mean distance
+layer is the smallest at which the largest cluster holds `majority` of the class, which should be
+more than the poisons in it: a larger radius joins their cluster to the clean one, a smaller one
+leaves theirs the largest (measured: docs/fidelity.md). Ties go to the smaller mean distance
 to the class's shared neighbours at layer 1; a B_k that is too small is filled up by s.
 `rule` random takes any samples of each class instead, to see what sifting is worth.
 """
@@ -35,7 +36,7 @@ class Settings:
     rule: str = "invariance"  # invariance or random: what chooses the seeds [paper: invariance]
     neighbours: int = 50  # m, nearest neighbours per layer [paper: App. A]
     min_samples: int = 5  # DBSCAN's core-point count, the point itself included [open]
-    radius_percentile: float = 60.0  # DBSCAN's radius among in-class neighbour distances [open]
+    majority: float = 0.35  # share of a class in the largest cluster, which sets DBSCAN's radius [open]
     block: int = 2048  # rows per block of the neighbour search (memory: block x n floats)
 
 
@@ -79,23 +80,28 @@ def consistency(layers: list[Tensor], labels: Tensor, m: int, block: int) -> tup
     return torch.cat(scores), torch.cat(spreads)
 
 
-def largest_cluster(points: np.ndarray, min_samples: int, percentile: float) -> np.ndarray:
-    """Members (boolean) of the largest DBSCAN cluster of points (n, d).
+def largest_cluster(points: np.ndarray, min_samples: int, majority: float) -> np.ndarray:
+    """Members (boolean) of the largest DBSCAN cluster of points (n, d), at the smallest radius at which it
+    holds the share `majority` of them.
 
-    The radius is raised from `percentile` to 95 and 99 of the neighbour distances until
-    half of the points are in; failing that, all points are.
+    Radii are the percentiles 1 to 99 of the distances to the min_samples-th neighbour, a point itself
+    included. The largest cluster grows with the radius, so bisection finds it; where no radius will do, all
+    points are in.
     """
     tensor = torch.from_numpy(points)
     distance = torch.cdist(tensor, tensor, compute_mode="donot_use_mm_for_euclid_dist").numpy()
     kth = np.partition(distance, min_samples - 1, axis=1)[:, min_samples - 1]
-    for level in sorted({percentile, 95.0, 99.0} - {p for p in (95.0, 99.0) if p < percentile}):
+    found, low, high = np.ones(len(points), bool), 0, 100
+    while high - low > 1:
+        level = (low + high) // 2
         radius = max(np.percentile(kth, level), 1e-12)
         cluster = DBSCAN(eps=radius, min_samples=min_samples, metric="precomputed").fit(distance).labels_
-        if (cluster >= 0).any():
-            members = cluster == np.bincount(cluster[cluster >= 0]).argmax()
-            if members.mean() >= 0.5:
-                return members
-    return np.ones(len(points), bool)
+        members = cluster == np.bincount(cluster + 1)[1:].argmax() if (cluster >= 0).any() else cluster >= 0
+        if members.mean() >= majority:
+            found, high = members, level
+        else:
+            low = level
+    return found
 
 
 def sift(layers: list[Tensor], labels: Tensor, settings: Settings, seed: int = 0) -> pd.DataFrame:
@@ -120,9 +126,7 @@ def sift(layers: list[Tensor], labels: Tensor, settings: Settings, seed: int = 0
     for k, size in zip(classes.tolist(), sizes.tolist(), strict=True):
         members = (labels == k).nonzero().flatten()
         for layer in layers:
-            inside = largest_cluster(
-                layer[members].cpu().numpy(), settings.min_samples, settings.radius_percentile
-            )
+            inside = largest_cluster(layer[members].cpu().numpy(), settings.min_samples, settings.majority)
             core[members.cpu()] &= torch.from_numpy(inside)
         rank = np.lexsort(
             (spread[members].cpu().numpy(), -score[members].cpu().numpy(), ~core[members.cpu()].numpy())
