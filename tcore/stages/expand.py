@@ -18,10 +18,12 @@ not the data: a backdoored encoder deceives witnesses (measured: docs/results.md
 the paper.
 
 Not in the paper, hence settings marked [open]: lambda, steps, optimiser, how Y* is drawn, and whether the
-loss is ranked over all classes (the paper's algorithm, literally) or within each class. How strong confusion
-is weighs two things (measured: docs/fidelity.md). Where the head still knows most trusted samples after it,
-the largest losses are those of images that look like another class, and poisons with a weak trigger are among
-them; where it knows next to none, the subset is clean of those too, but the model grown from it is worse.
+loss is ranked over all classes (the paper's algorithm, literally) or within each class. Confusion keeps what
+the head knows of the poisons, so the head is first trained until it knows them, by default as long as the
+user's own: with less, poisons are what it has wrong, and rank first. Strength weighs two things: where
+confusion leaves most trusted samples known, the largest losses are those of images that look like another
+class, weak poisons among them; where it leaves next to none, it forgets the poisons too (measured:
+docs/fidelity.md).
 """
 
 from dataclasses import dataclass
