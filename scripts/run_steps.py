@@ -7,7 +7,8 @@ back:   bring data/ here with its times of change (to look at: data/results), an
 There is a copy of this folder and of the files that the plan starts from, with the library's packages
 installed. The first step of the plan that names a file below data/ makes it, later ones that name it wait; a
 step that is given the whole folder waits for all before it. A step whose files are there is done, so the same
-command goes on where a run stopped. Of the steps that could start the first in the plan does.
+command goes on where a run stopped. Of the steps that could start the first in the plan does. On a CPU every
+step has OMP_NUM_THREADS threads, where Snakemake gives each its own number.
 """
 
 import argparse
