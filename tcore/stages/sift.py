@@ -10,7 +10,8 @@ layers; A_l is (n, d_l)) a clean sample keeps its place, a poison is moved betwe
 The paper states neither DBSCAN's radius nor what breaks ties. Here the radius of a class and
 layer is the smallest at which the largest cluster holds `majority` of the class, which should be
 more than the poisons in it: a larger radius joins their cluster to the clean one, a smaller one
-leaves theirs the largest (measured: docs/fidelity.md). Ties go to the smaller mean distance
+leaves theirs the largest (measured: docs/fidelity.md). Where that leaves too few in B_k, clusters of
+half of the class are asked, which meet more surely. Ties go to the smaller mean distance
 to the class's shared neighbours at layer 1; a B_k that is too small is filled up by s.
 `rule` random takes any samples of each class instead, to see what sifting is worth.
 """
@@ -125,9 +126,13 @@ def sift(layers: list[Tensor], labels: Tensor, settings: Settings, seed: int = 0
     trusted = torch.zeros(len(labels), dtype=torch.bool)
     for k, size in zip(classes.tolist(), sizes.tolist(), strict=True):
         members = (labels == k).nonzero().flatten()
-        for layer in layers:
-            inside = largest_cluster(layer[members].cpu().numpy(), settings.min_samples, settings.majority)
-            core[members.cpu()] &= torch.from_numpy(inside)
+        for share in (settings.majority, 0.5):
+            inside = [
+                largest_cluster(layer[members].cpu().numpy(), settings.min_samples, share) for layer in layers
+            ]
+            core[members.cpu()] = torch.from_numpy(np.logical_and.reduce(inside))
+            if core[members.cpu()].sum() >= int(settings.seed_share * size):
+                break
         rank = np.lexsort(
             (spread[members].cpu().numpy(), -score[members].cpu().numpy(), ~core[members.cpu()].numpy())
         )
