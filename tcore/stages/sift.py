@@ -126,7 +126,7 @@ def sift(layers: list[Tensor], labels: Tensor, settings: Settings, seed: int = 0
     trusted = torch.zeros(len(labels), dtype=torch.bool)
     for k, size in zip(classes.tolist(), sizes.tolist(), strict=True):
         members = (labels == k).nonzero().flatten()
-        for share in (settings.majority, 0.5):
+        for share in sorted({settings.majority, max(settings.majority, 0.5)}):
             inside = [
                 largest_cluster(layer[members].cpu().numpy(), settings.min_samples, share) for layer in layers
             ]
