@@ -154,7 +154,8 @@ def test_seeds_on_planted_clusters():
     assert table[table.trusted].groupby("label").size().tolist() == [7, 7, 7]  # floor(0.05 * 150)
     assert not table.trusted[poison.numpy()].any()
     assert not table.in_core[poison.numpy()].any()
-    assert table.in_core[~poison.numpy()].mean() > 0.2  # of clusters that hold 0.35 of a class or more
+    nearly_all = sift.sift(layers, labels, replace(SETTINGS, majority=0.95))
+    assert nearly_all.in_core[nearly_all.label > 0].mean() > 0.85  # and of the classes without poisons
     assert table.in_core[table.trusted].all()
     score, spread = sift.consistency(layers, labels, 20, 2048)
     assert table.score.tolist() == score.tolist()
