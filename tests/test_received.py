@@ -664,10 +664,13 @@ print(needed, 1024 * (kib("VmHWM") - before))
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no peak of memory to measure")
 def test_memory_of_a_step_of_a_narrow_network_as_measured():
-    command = [sys.executable, "-c", STEPS]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
-    needed, measured = map(int, run.stdout.split())
+    found = []
+    for _ in range(5):
+        command = [sys.executable, "-c", STEPS]
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr[-2000:]
+        found.append([int(number) for number in run.stdout.split()])
+    needed, measured = min(found)  # what else the process touches meanwhile only adds to the peak
     assert 0.8 * measured < needed < 1.6 * measured
 
 
