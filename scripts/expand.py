@@ -19,7 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--features", required=True, help="the encoder's features of the images")
     parser.add_argument("--images", required=True, help="the data set received (Parquet)")
-    parser.add_argument("--seeds", required=True, help="table of samples, `trusted` marks the seeds")
+    parser.add_argument("--seeds", required=True, help="table of samples: `trusted` for seeds, `in_core`")
     parser.add_argument("--settings", type=json.loads, required=True, help='JSON: {"expand", "head"}')
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument(
@@ -34,10 +34,13 @@ def main() -> None:
     with record(args.record, "expand", args.settings, args.seed, device) as log:
         images = read_images(args.images)
         features = load_tensors(args.features)[0]["features"].to(device)
-        trusted = torch.from_numpy(load_table(args.seeds)["trusted"].to_numpy(copy=True)).to(device)
+        sifted = load_table(args.seeds)
+        trusted, core = (
+            torch.from_numpy(sifted[name].to_numpy(copy=True)).to(device) for name in ("trusted", "in_core")
+        )
         labels = images.targets.to(device)
         rounds, found = expand.expand(
-            features, labels, trusted, images.num_classes, settings, head, args.seed
+            features, labels, trusted, core, images.num_classes, settings, head, args.seed
         )
         save_table(args.subset, pd.DataFrame({"index": images.index, "round": rounds.cpu().numpy()}))
         log |= found

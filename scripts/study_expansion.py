@@ -44,7 +44,8 @@ def main() -> None:
         folder, received = args.data / "defended" / cell, args.data / grid.received(**victim)
         images = read_images(received / "train.parquet")
         features = load_tensors(folder / "features.safetensors")[0]["features"].to(device)
-        seeds = load_table(folder / "tcore" / "seeds.parquet")["trusted"].to_numpy(copy=True)
+        sifted = load_table(folder / "tcore" / "seeds.parquet")
+        seeds, core = (sifted[name].to_numpy(copy=True) for name in ("trusted", "in_core"))
         poison = load_table(received / "truth.parquet")["is_poison"].to_numpy()
         target = images.labels[poison][0]
         for name, settings in choices.items():
@@ -52,6 +53,7 @@ def main() -> None:
                 features,
                 images.targets.to(device),
                 torch.from_numpy(seeds).to(device),
+                torch.from_numpy(core).to(device),
                 images.num_classes,
                 settings,
                 head,

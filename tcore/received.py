@@ -84,7 +84,9 @@ def passes(
         gamma, epochs = rounds.pop(0) if rounds else (pooling.gamma3, None)
         rest = n - pool
         copied = epochs is None and pooling.guidance == "meta"
-        trained += (pooling.epochs_meta if epochs is None else epochs) * pool + copied * rest
+        trained += (
+            pooling.epochs_meta if epochs is None else epochs
+        ) * pool + copied * pooling.epochs_copy * rest
         looked += (1 + copied) * rest
         pool += min(rest, math.ceil(gamma * (rest if pooling.of_rest else n)))
     return trained + pooling.epochs_final * pool, looked

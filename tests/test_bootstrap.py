@@ -271,6 +271,20 @@ def test_phase_three_ranks_by_the_loss_before_less_the_loss_after(data, monkeypa
         assert torch.equal(slow[key][~bad], fast[key][~bad]) and (slow[key] != fast[key])[bad].any()
 
 
+def test_the_copy_alone_passes_over_the_rest_as_often_as_asked(data, monkeypatch):
+    passes, fit = [], stage.fit
+
+    def watched(model, optimizer, rows, *more):
+        passes.append((set(rows.tolist()), more[2].batch, more[5]))
+        fit(model, optimizer, rows, *more)
+
+    monkeypatch.setattr(stage, "fit", watched)
+    settings = replace(SETTINGS, rounds_class=0, rounds_all=0, rho=0.3, batch_copy=8, epochs_copy=4)
+    run(data, settings)
+    pool = set(data[2].nonzero().flatten().tolist())
+    assert passes[:2] == [(pool, 16, 1), (set(range(120)) - pool, 8, 4)]
+
+
 def test_without_the_copy_phase_three_ranks_by_the_loss_alone(data, monkeypatch):
     loss = torch.randn(120, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(stage, "losses", lambda model, images, labels, rows: loss[rows])

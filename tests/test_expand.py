@@ -17,6 +17,7 @@ SETTINGS = expand.Settings(
     subset_share=0.3, round_share=0.08, trust=0.3, epochs=10, steps=200, lr=0.01, batch=32
 )
 ASKED = replace(SETTINGS, witnesses=3)
+EVERYWHERE = torch.ones(400, dtype=torch.bool)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,15 @@ def planted() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def grow(planted, settings=SETTINGS, seed: int = 0) -> Tensor:
     features, labels, trusted, _ = planted
-    return expand.expand(features, labels, trusted, 4, settings, HEAD, seed)[0]
+    return expand.expand(features, labels, trusted, EVERYWHERE, 4, settings, HEAD, seed)[0]
+
+
+def weakened(planted) -> Tensor:
+    """Features whose poisons lie among class 1, moved a little towards a direction that they share."""
+    features, _, _, poison = planted
+    weak = features.clone()
+    weak[poison] += torch.eye(12)[1] * 3 - torch.eye(12)[4] * 3 + 0.3 * torch.eye(12)[5]
+    return weak
 
 
 # --- which samples are taken --------------------------------------------------------------------
@@ -112,19 +121,13 @@ def test_witnesses_learn_from_the_subset_alone(planted):
 
 
 def test_a_weak_trigger_is_seen_by_witnesses_and_not_by_confusion(planted):
-    """Poisons that lie among class 1, moved a little towards a direction that they share."""
-    features, labels, trusted, poison = planted
-    weak = features.clone()
-    weak[poison] += torch.eye(12)[1] * 3 - torch.eye(12)[4] * 3 + 0.3 * torch.eye(12)[5]
-
-    def mild(witnesses: int) -> expand.Settings:
-        return replace(SETTINGS, wrong_label="shifted", witnesses=witnesses)
-
-    taken = {
-        n: (expand.expand(weak, labels, trusted, 4, mild(n), HEAD, 0)[0] > 0)[poison].sum().item()
-        for n in (0, 3)
-    }
-    assert taken[0] > 5 and taken[3] == 0
+    _, labels, trusted, poison = planted
+    weak = weakened(planted)
+    taken = [
+        (expand.expand(weak, labels, trusted, EVERYWHERE, 4, asked, HEAD, 0)[0] > 0)[poison].sum()
+        for asked in (SETTINGS, ASKED)
+    ]
+    assert taken[0] > 5 and taken[1] == 0
 
 
 def test_a_strong_trigger_deceives_witnesses_and_not_confusion(planted):
@@ -136,8 +139,39 @@ def test_a_strong_trigger_deceives_witnesses_and_not_confusion(planted):
     strong[poison] = 6 * torch.eye(12)[0] + 0.1 * noise[poison]
     doubt = expand.testify(strong, labels, trusted, 4, ASKED, HEAD, 0, "x")
     assert doubt[poison].max() < 0.05  # the witnesses have none
-    rounds, _ = expand.expand(strong, labels, trusted, 4, replace(ASKED, subset_share=0.15), HEAD, 0)
+    asked = replace(ASKED, subset_share=0.15)
+    rounds, _ = expand.expand(strong, labels, trusted, EVERYWHERE, 4, asked, HEAD, 0)
     assert (rounds[labels == 0] > 0).sum() >= 11 and (rounds[poison] > 0).sum() <= 1
+
+
+# --- the core -----------------------------------------------------------------------------------
+
+
+def test_only_the_core_and_the_seeds_can_be_in_the_subset(planted):
+    features, labels, trusted, _ = planted
+    half = torch.rand(400, generator=torch.Generator().manual_seed(2)) < 0.5
+    few = half & (torch.arange(400) < 100)
+
+    def grown(core: Tensor, **changes: bool) -> Tensor:
+        settings = replace(SETTINGS, **changes)
+        return expand.expand(features, labels, trusted, core, 4, settings, HEAD, 0)[0]
+
+    assert torch.equal(grown(half, within_core=False), grow(planted))
+    assert (grow(planted) > 0)[~half].any()
+    rounds = grown(half)
+    assert (rounds >= 0).sum() == 120 and not (rounds > 0)[~half].any()
+    # Fewer than the 120 that are asked: all of them.
+    assert torch.equal(grown(few) >= 0, few | trusted)
+
+
+def test_poisons_that_confusion_takes_for_clean_stay_outside_with_a_clean_core(planted):
+    """The weak trigger: where all of D is the core it enters, where the core is clean it does not."""
+    _, labels, trusted, poison = planted
+    entered = [
+        (expand.expand(weakened(planted), labels, trusted, core, 4, SETTINGS, HEAD, 0)[0] > 0)[poison].sum()
+        for core in (EVERYWHERE, ~poison)
+    ]
+    assert entered[0] > 5 and entered[1] == 0
 
 
 # --- the clean subset ---------------------------------------------------------------------------
@@ -182,7 +216,7 @@ def test_the_log_says_what_confusion_left_of_the_trusted_samples(planted):
     features, labels, trusted, _ = planted
     confusions = ({"steps": 0}, {"trust": 0.02, "wrong_label": "random", "steps": 400})
     known = [
-        expand.expand(features, labels, trusted, 4, replace(SETTINGS, **changes), HEAD, 0)[1]
+        expand.expand(features, labels, trusted, EVERYWHERE, 4, replace(SETTINGS, **changes), HEAD, 0)[1]
         for changes in confusions
     ]
     assert all(set(log) == {"trusted_accuracy"} and log["trusted_accuracy"] for log in known)

@@ -264,7 +264,8 @@ def test_figure_6_ranks_as_the_first_round_of_expansion_does(victim):
     # One round that adds 8 samples, so many of the target class: its largest losses.
     options = expand.Settings(**settings.resolve("expand", brief))
     options = replace(options, subset_share=(int(trusted.sum()) + 8) / 80 + 1e-9, round_share=1.0)
-    rounds, _ = expand.expand(received.features, received.labels, trusted, 4, options, HEAD, 0)
+    everywhere = torch.ones_like(trusted)
+    rounds, _ = expand.expand(received.features, received.labels, trusted, everywhere, 4, options, HEAD, 0)
     added = (rounds == 1) & (received.labels == TARGET)
     assert (rounds == 1).sum() == 8 and added.sum() > 0
     n = int(((received.labels == TARGET) & ~trusted).sum())

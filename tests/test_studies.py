@@ -134,7 +134,10 @@ def attacked_cell(tmp_path) -> Path:
     place = torch.where(torch.from_numpy(truth["is_poison"].to_numpy(copy=True)), 20, train.targets)
     save_tensors(cell / "features.safetensors", {"features": torch.eye(24)[place]})
     trusted = np.isin(np.arange(80), [*(np.flatnonzero(labels == k)[-1] for k in range(10)), poisons[0]])
-    save_table(cell / "tcore/seeds.parquet", pd.DataFrame({"index": train.index, "trusted": trusted}))
+    save_table(
+        cell / "tcore/seeds.parquet",
+        pd.DataFrame({"index": train.index, "in_core": True, "trusted": trusted}),
+    )
     rounds = np.where(np.arange(80) % 2, 0, -1)
     save_table(cell / "tcore/subset.parquet", pd.DataFrame({"index": train.index, "round": rounds}))
     return tmp_path
