@@ -2,7 +2,6 @@
 import gc
 import sys
 from pathlib import Path
-from shlex import quote
 
 from snakemake.utils import min_version
 
@@ -27,19 +26,12 @@ pathvars:
     logs="data/logs",
 
 
-# Steps run with this Python and first of all with the library beside this file, whatever else is installed.
 sys.path.insert(0, str(workflow.basedir))
-STARTER = quote(str(Path(workflow.basedir, "tcore/starter.py")))
-shell.prefix(
-    "set -euo pipefail; "
-    f"export PATH={quote(str(Path(sys.executable).parent))}:$PATH"
-    f" PYTHONPATH={quote(str(workflow.basedir))}${{{{PYTHONPATH:+:$PYTHONPATH}}}}; "
-    f'python() {{{{ command python -I -S {STARTER} "$@"; }}}}; '
-)
+from tcore import alive, starter
+
+shell.prefix(starter.prefix().replace("{", "{{").replace("}", "}}"))
 
 if workflow.is_main_process:
-    from tcore import alive, starter
-
     running = [alive.enter(".snakemake")]  # held until this process ends
 
 

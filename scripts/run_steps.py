@@ -31,7 +31,6 @@ COMMAND = re.compile(r"^Shell command: (.+)$", re.MULTILINE)
 FILE = re.compile(r"\bdata/(?!logs/)[\w.+/-]*\w")
 LOG = re.compile(r"\bdata/logs/\S+")
 WHOLE = "--data data "
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -60,15 +59,7 @@ def begin(step: Step) -> subprocess.Popen:
     """Starts a step, which finds `python`, the library and the server of its start-up."""
     for file in (*step.makes, *map(Path, LOG.findall(step.command))):
         file.parent.mkdir(parents=True, exist_ok=True)
-    paths = {
-        "PATH": (Path(sys.executable).parent, os.environ["PATH"]),
-        "PYTHONPATH": (ROOT, os.environ.get("PYTHONPATH")),
-    }
-    return subprocess.Popen(
-        ["bash", "-c", f'python() {{ command python -I -S "{starter.__file__}" "$@"; }}; {step.command}'],
-        env=os.environ | {name: os.pathsep.join(str(p) for p in parts if p) for name, parts in paths.items()},
-        start_new_session=True,
-    )
+    return subprocess.Popen(["bash", "-c", starter.prefix() + step.command], start_new_session=True)
 
 
 def main() -> None:

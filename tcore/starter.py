@@ -24,6 +24,20 @@ LOADED = (
 )
 
 
+def prefix() -> str:
+    """What a shell runs before a step: strict mode, this Python and first of all the library beside this
+    file, whatever else is installed; `python` is the client."""
+    from pathlib import Path
+    from shlex import quote
+
+    own = Path(__file__).absolute()
+    return (
+        f"set -euo pipefail; export PATH={quote(str(Path(sys.executable).parent))}:$PATH"
+        f" PYTHONPATH={quote(str(own.parents[1]))}${{PYTHONPATH:+:$PYTHONPATH}}; "
+        f'python() {{ command python -I -S {quote(str(own))} "$@"; }}; '
+    )
+
+
 def start():
     """Starts a server that ends with this process and that its later children know; keep what is returned.
 
