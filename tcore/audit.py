@@ -139,15 +139,16 @@ def indicators(
         "Every class is in it about as often as among the images.",
         f"Class {rare} has less than half its share: little vouches for its channels and its head.",
     )
-    known = max(expanded["trusted_accuracy"], default=0.0)
-    say(
-        "Trusted samples that confusion left known",
-        f"{100 * known:.1f} %",
-        known > KNOWN,
-        "The head was made to forget what clean samples look like, so the largest losses are theirs.",
-        "The head still knew them: the clean subset was chosen by how odd its images look, and poisons with "
-        "a weak trigger look odd. Raise expand.steps or lower expand.trust.",
-    )
+    if expanded["trusted_accuracy"]:  # empty where all of sifting's core is the clean subset
+        known = max(expanded["trusted_accuracy"])
+        say(
+            "Trusted samples that confusion left known",
+            f"{100 * known:.1f} %",
+            known > KNOWN,
+            "The head was made to forget what clean samples look like, so the largest losses are theirs.",
+            "The head still knew them: the clean subset was chosen by how odd its images look, and poisons "
+            "with a weak trigger look odd. Raise expand.steps or lower expand.trust.",
+        )
     out = per_class["left_out"].sum() / per_class["images"].sum()
     standing = per_class.loc[per_class["stands_out"], "name"]
     top = per_class.loc[per_class["excess"].idxmax()]

@@ -71,11 +71,17 @@ def check_classes(images: ImageSet, settings: sift.Settings) -> dict[str, int]:
 
 
 def passes(
-    n: int, subset: expand.Settings, channels: filter_channels.Settings, pooling: bootstrap.Settings
+    n: int,
+    sifting: sift.Settings,
+    subset: expand.Settings,
+    channels: filter_channels.Settings,
+    pooling: bootstrap.Settings,
 ) -> tuple[int, int]:
-    """How many images T-Core trains on and how many it only looks at; unlearning counted to its limit."""
-    chosen = int(subset.subset_share * n)
+    """How many images T-Core trains on and how many it only looks at; unlearning counted to its limit, the
+    core as one layer's largest cluster."""
+    chosen = int(min(subset.subset_share, sifting.majority if subset.within_core else 1.0) * n)
     trained = channels.unlearn_epochs * n + channels.epochs * chosen if channels.rank == "masks" else 0
+    trained += pooling.epochs_warmup * chosen
     looked = 0
     pool = chosen
     rounds = [(pooling.gamma1, pooling.epochs)] * pooling.rounds_class
@@ -218,7 +224,7 @@ def check(
     found = {"images": len(images), "classes": images.num_classes} | check_classes(images, sifting)
     needed = check_memory(encoder, images, max(pooling.batch, channels.batch))
     rehearse(encoder, images, channels, pooling)
-    trained, looked = passes(len(images), subset, channels, pooling)
+    trained, looked = passes(len(images), sifting, subset, channels, pooling)
     train, look = speed(encoder, images, pooling.batch)
     found |= repeats(images)
     return found | {

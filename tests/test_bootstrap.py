@@ -20,7 +20,7 @@ from tcore.stages import bootstrap as stage
 HEAD = heads.Settings(hidden=(32, 16), dropout=0.1)
 SETTINGS = stage.Settings(
     rounds_class=2, rounds_all=2, gamma1=1 / 8, gamma2=1 / 4, gamma3=1 / 4, rho=0.9,
-    epochs=2, epochs_meta=1, epochs_final=2, lr=0.01, batch=16,
+    epochs_warmup=0, epochs=2, epochs_meta=1, epochs_final=2, lr=0.01, batch=16,
 )  # fmt: skip
 
 
@@ -279,10 +279,10 @@ def test_the_copy_alone_passes_over_the_rest_as_often_as_asked(data, monkeypatch
         fit(model, optimizer, rows, *more)
 
     monkeypatch.setattr(stage, "fit", watched)
-    settings = replace(SETTINGS, rounds_class=0, rounds_all=0, rho=0.3, batch_copy=8, epochs_copy=4)
-    run(data, settings)
+    growth = {"rounds_class": 0, "rounds_all": 0, "rho": 0.3, "epochs_warmup": 3}
+    run(data, replace(SETTINGS, batch_copy=8, epochs_copy=4, **growth))
     pool = set(data[2].nonzero().flatten().tolist())
-    assert passes[:2] == [(pool, 16, 1), (set(range(120)) - pool, 8, 4)]
+    assert passes[:3] == [(pool, 16, 3), (pool, 16, 1), (set(range(120)) - pool, 8, 4)]
 
 
 def test_without_the_copy_phase_three_ranks_by_the_loss_alone(data, monkeypatch):

@@ -160,8 +160,10 @@ def test_only_the_core_and_the_seeds_can_be_in_the_subset(planted):
     assert (grow(planted) > 0)[~half].any()
     rounds = grown(half)
     assert (rounds >= 0).sum() == 120 and not (rounds > 0)[~half].any()
-    # Fewer than the 120 that are asked: all of them.
-    assert torch.equal(grown(few) >= 0, few | trusted)
+    # Fewer than the 120 that are asked: all of them at once, without confusion.
+    rounds, log = expand.expand(features, labels, trusted, few, 4, SETTINGS, HEAD, 0)
+    assert torch.equal(rounds, torch.where(trusted, 0, torch.where(few, 1, -1)))
+    assert log == {"trusted_accuracy": []}
 
 
 def test_poisons_that_confusion_takes_for_clean_stay_outside_with_a_clean_core(planted):

@@ -249,12 +249,12 @@ def test_passes_count_what_bootstrapping_trains_on(monkeypatch):
         0,
     )
     channels = filter_channels.Settings(unlearn_epochs=0, epochs=0)
-    assert received.passes(n, expand.Settings(subset_share=0.1), channels, pooling) == (
+    assert received.passes(n, sift.Settings(), expand.Settings(subset_share=0.1), channels, pooling) == (
         sum(trained),
         sum(looked),
     )
     more = filter_channels.Settings(unlearn_epochs=2, epochs=5)
-    found = received.passes(n, expand.Settings(subset_share=0.1), more, pooling)
+    found = received.passes(n, sift.Settings(), expand.Settings(subset_share=0.1), more, pooling)
     assert found == (sum(trained) + 2 * 40 + 5 * 4, sum(looked))
 
 

@@ -15,9 +15,10 @@ the rest D \\ P, the literal reading (`of_rest`). Filters start as He et al. (20
 as PyTorch's, biases at 0. The batch-norm entries of untrusted channels are reset
 (scale 1, shift 0) and trained along, their statistics measured anew; layer norm, which has no
 channels of one layer's own, stays as it is. The copy of phase 3 always
-uses stored statistics, smaller batches and more than the paper's one epoch: the rest shrinks to a few hundred
-samples of a small set, and a handful of steps unsettles the copy more than it teaches it, so poisons that the
-model happens to have right rank first (measured: docs/fidelity.md).
+uses stored statistics and smaller batches: the rest of a small set shrinks to a few hundred samples, and
+a handful of steps unsettles the copy more than it teaches it, so poisons that the model happens to have right
+rank first. Small sets therefore want more than the paper's one epoch, and no phases 1 and 2, where a model of
+little accuracy ranks by its loss alone (measured: docs/fidelity.md).
 """
 
 import copy
@@ -51,13 +52,14 @@ class Settings:
     gamma2: float = 0.02  # share of the rest added per round of phase 2 [paper: App. A; its main tables 0.05]
     gamma3: float = 0.05  # share of the rest added per round of phase 3 [paper: App. A]
     rho: float = 0.9  # share of D at which the pool is full [paper: App. A]
+    epochs_warmup: int = 30  # passes over the clean subset before anything is added [open]
     epochs: int = 5  # T, passes over the pool per round of phases 1 and 2 [open]
     epochs_meta: int = 1  # passes over the pool per round of phase 3 [open]
     epochs_final: int = 20  # passes over the final pool, rate decaying to 0 [open]
     lr: float = 1e-3  # Adam's rate [open]
     batch: int = 128  # images a step [paper: Table 17]
     batch_copy: int = 32  # images a step of phase 3's copy [open]
-    epochs_copy: int = 3  # passes of phase 3's copy over the rest [paper: 1, of a larger rest]
+    epochs_copy: int = 1  # passes of phase 3's copy over the rest; small sets need 3 [paper: 4.3]
     frozen_norm: bool = False  # batch norm uses its stored statistics in training [open]
     restart_norm: bool = True  # batch-norm entries of untrusted channels start anew and train [open]
     of_rest: bool = True  # gammas are shares of what is outside the pool; false: of D or of its class [open]
@@ -209,6 +211,7 @@ def bootstrap(
         tqdm(total=int(settings.rho * n), initial=log["pool"][0], desc="bootstrap", unit="sample") as bar,
     ):
         torch.manual_seed(seeds.derive(seed, "bootstrap", "dropout"))
+        fit(model, optimizer, pool.nonzero().flatten(), *data, settings.frozen_norm, settings.epochs_warmup)
         while schedule or int(pool.sum()) < settings.rho * n:
             phase = schedule.pop(0) if schedule else 3
             rounds += 1

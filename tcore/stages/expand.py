@@ -12,7 +12,8 @@ until Dsub holds `subset_share` of D. The encoder is frozen; all runs on cached 
 
 Not in the paper: only samples of B_k, which passed sifting's majority rule, can join (`within_core`). They
 are about a quarter of D with hardly a poison, also where confusion fails because a backdoored encoder puts
-poisons at the class's centre (measured: docs/fidelity.md). Where they are fewer than asked, all of them join.
+poisons at the class's centre (measured: docs/fidelity.md). Where they are fewer than asked, all of them join,
+without confusion.
 
 Where a trigger hardly shows in the features, confusion forgets poisons as it does clean samples, and the
 ranking is chance. Such poisons still look like their true class. So witnesses can be asked: `witnesses`
@@ -187,7 +188,9 @@ def expand(
     n, allowed = len(labels), trusted | core if settings.within_core else torch.ones_like(trusted)
     target = min(int(settings.subset_share * n), int(allowed.sum()))
     rounds, log = torch.where(trusted, 0, -1), {"trusted_accuracy": []}
-    with tqdm(total=target, initial=int(trusted.sum()), desc="expand", unit="sample") as bar:
+    if settings.within_core and target == int(allowed.sum()):
+        rounds[allowed & ~trusted] = 1
+    with tqdm(total=target, initial=int((rounds >= 0).sum()), desc="expand", unit="sample") as bar:
         while (size := int((rounds >= 0).sum())) < target:
             number = int(rounds.max()) + 1
             subset = rounds >= 0
