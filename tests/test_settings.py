@@ -48,7 +48,7 @@ def test_defaults_are_the_papers_where_it_states_them():
     # T-Core, IEEE S&P 2025, appendix A; where the paper contradicts itself the default says so in its comment
     stated = {
         "sift": {"seed_share": 0.01, "neighbours": 50},
-        "expand": {"subset_share": 0.2, "round_share": 0.05},
+        "expand": {"subset_share": 0.1, "round_share": 0.05},
         "filter_channels": {"untrusted_share": 0.1, "stop_accuracy": 0.2, "epochs": 120, "lr": 0.01},
         "bootstrap": {"rounds_class": 10, "rounds_all": 10, "gamma1": 0.02, "gamma3": 0.05, "rho": 0.9},
         # BadEncoder, IEEE S&P 2022, and its code

@@ -17,8 +17,7 @@ as PyTorch's, biases at 0. The batch-norm entries of untrusted channels are rese
 channels of one layer's own, stays as it is. The copy of phase 3 always
 uses stored statistics and smaller batches: the rest of a small set shrinks to a few hundred samples, and
 a handful of steps unsettles the copy more than it teaches it, so poisons that the model happens to have right
-rank first. Small sets therefore want more than the paper's one epoch, and no phases 1 and 2, where a model of
-little accuracy ranks by its loss alone (measured: docs/fidelity.md).
+rank first. Small sets therefore want more than the paper's one epoch (measured: docs/fidelity.md).
 """
 
 import copy
@@ -52,7 +51,7 @@ class Settings:
     gamma2: float = 0.02  # share of the rest added per round of phase 2 [paper: App. A; its main tables 0.05]
     gamma3: float = 0.05  # share of the rest added per round of phase 3 [paper: App. A]
     rho: float = 0.9  # share of D at which the pool is full [paper: App. A]
-    epochs_warmup: int = 30  # passes over the clean subset before anything is added [open]
+    epochs_warmup: int = 0  # passes over the clean subset before the first round [open]
     epochs: int = 5  # T, passes over the pool per round of phases 1 and 2 [open]
     epochs_meta: int = 1  # passes over the pool per round of phase 3 [open]
     epochs_final: int = 20  # passes over the final pool, rate decaying to 0 [open]

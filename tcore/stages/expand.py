@@ -47,7 +47,7 @@ WRONG_LABELS = ("shifted", "random")
 
 @dataclass(frozen=True)
 class Settings:
-    subset_share: float = 0.2  # q, size of the clean subset as a share of D [paper: 5.2; 4.1.2 says 0.1]
+    subset_share: float = 0.1  # q, size of the clean subset as a share of D [paper: 4.1.2; 5.2 says 0.2]
     round_share: float = 0.05  # r_expand, share of the rest added per round [paper: App. A]
     per_class: bool = True  # rank losses within each class [paper: over all classes]
     trust: float = 0.1  # lambda of eq. 3, weight of the untrusted data [open; CT 0.05]
