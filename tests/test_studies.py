@@ -148,7 +148,7 @@ def test_what_expansion_lets_in_is_counted(attacked_cell):
     run(
         "study_expansion",
         *("--data", attacked_cell, "--cells", "theirs-badencoder/mine-adaptive/0", "--output", out),
-        *("--settings", '{"none": {"subset_share": 0.01}, "all": {"subset_share": 1.0, "steps": 20}}'),
+        *("--settings", '{"none": {"subset_share": 0.01}, "all": {"within_core": false, "subset_share": 1.0, "steps": 20}}'),
     )
     found = pd.read_csv(out).set_index("settings")
     labels = read_images(attacked_cell / "poisoned/any/mine-badnets/0/train.parquet").labels
