@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -145,10 +146,14 @@ def attacked_cell(tmp_path) -> Path:
 
 def test_what_expansion_lets_in_is_counted(attacked_cell):
     out = attacked_cell / "out.csv"
+    choices = {
+        "none": {"subset_share": 0.01},
+        "all": {"within_core": False, "subset_share": 1.0, "steps": 20},
+    }
     run(
         "study_expansion",
         *("--data", attacked_cell, "--cells", "theirs-badencoder/mine-adaptive/0", "--output", out),
-        *("--settings", '{"none": {"subset_share": 0.01}, "all": {"within_core": false, "subset_share": 1.0, "steps": 20}}'),
+        *("--settings", json.dumps(choices)),
     )
     found = pd.read_csv(out).set_index("settings")
     labels = read_images(attacked_cell / "poisoned/any/mine-badnets/0/train.parquet").labels
