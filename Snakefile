@@ -2,6 +2,7 @@
 import gc
 import sys
 from pathlib import Path
+from shlex import quote
 
 from snakemake.utils import min_version
 
