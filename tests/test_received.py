@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 
 from tcore import __main__ as command
-from tcore import audit, grid, memory, provenance, received, registry
+from tcore import audit, grid, memory, metrics, provenance, received, registry
 from tcore.config import require_files, validate
 from tcore.data.images import ImageSet, read_images, write_images
 from tcore.data.sources import imagefolder, parquet
@@ -325,6 +325,22 @@ def test_the_class_that_loses_most_stands_out():
     table.loc[table.index[100:140], "left_out"] = True
     table.loc[:99, "left_out"] = False
     assert audit.classes(images, table)["stands_out"].tolist() == [False, True]
+
+
+@pytest.mark.parametrize(("left", "care"), [([0.9, 0.2], True), ([0.1, 0.2], False), ([], None)])
+def test_what_confusion_left_is_judged_where_there_was_confusion(left, care):
+    per_class = pd.DataFrame({"name": ["a", "b"], "seeds": 9, "subset": 10, "images": 50, "left_out": 1})
+    accuracy = metrics.accuracy(np.zeros(4), np.zeros(4))
+    said = audit.indicators(
+        per_class.assign(excess=1.0, stands_out=False),
+        {"accuracies": {"none": accuracy, "tcore": accuracy}, "known": 0, "images": 4},
+        {"trusted_accuracy": left},
+        {"unlearning_accuracy": [0.1], "recovery_accuracy": [0.9]},
+        tables(100, {3})["pool"],
+        {"duplicates": 0, "contradictions": 0},
+    )
+    found = [one["care"] for one in said if "confusion" in one["name"]]
+    assert found == ([] if care is None else [care])
 
 
 def test_held_out_images_that_were_trained_on_do_not_count():
