@@ -275,7 +275,7 @@ def test_the_copy_alone_passes_over_the_rest_as_often_as_asked(data, monkeypatch
     passes, fit = [], stage.fit
 
     def watched(model, optimizer, rows, *more):
-        passes.append((set(rows.tolist()), more[2].batch, more[5]))
+        passes.append((set(rows.tolist()), more[2].batch, more[6]))
         fit(model, optimizer, rows, *more)
 
     monkeypatch.setattr(stage, "fit", watched)
@@ -283,6 +283,43 @@ def test_the_copy_alone_passes_over_the_rest_as_often_as_asked(data, monkeypatch
     run(data, replace(SETTINGS, batch_copy=8, epochs_copy=4, **growth))
     pool = set(data[2].nonzero().flatten().tolist())
     assert passes[:3] == [(pool, 16, 3), (pool, 16, 1), (set(range(120)) - pool, 8, 4)]
+
+
+def test_the_model_trains_on_crops_and_is_measured_on_whole_images_like_the_copy(data, monkeypatch):
+    crops, seen, crop, fit, losses = [], [], stage.resized_crop, stage.fit, stage.losses
+
+    def cropped(x, views, scale):
+        crops.append(scale)
+        return crop(x, views, scale)
+
+    def watched(model, optimizer, rows, images, labels, settings, *more):
+        before = len(crops)
+        fit(model, optimizer, rows, images, labels, settings, *more)
+        steps = more[3] * -(-len(rows) // settings.batch)
+        seen.append((settings.batch == 8, steps, len(crops) - before))
+
+    def measured(*args):
+        before = len(crops)
+        found = losses(*args)
+        assert len(crops) == before
+        return found
+
+    monkeypatch.setattr(stage, "resized_crop", cropped)
+    monkeypatch.setattr(stage, "fit", watched)
+    monkeypatch.setattr(stage, "losses", measured)
+    settings = replace(SETTINGS, batch_copy=8, rounds_class=1, rounds_all=0, crop_min=0.5)
+    pool = run(data, settings)[1]
+    model, its_copy = ([(steps, n) for small, steps, n in seen if small is kind] for kind in (False, True))
+    assert model and all(n == steps for steps, n in model) and set(crops) == {(0.5, 1.0)}
+    assert its_copy and all(steps and not n for steps, n in its_copy)
+    assert run(data, settings)[1].equals(pool)
+
+    crops.clear()
+    run(data, replace(settings, crop_min=1.0))
+    assert not crops
+    for wrong in (0.0, 1.5):
+        with pytest.raises(InputError, match=r"bootstrap.crop_min = .* should be a share of the image"):
+            run(data, replace(SETTINGS, crop_min=wrong))
 
 
 def test_without_the_copy_phase_three_ranks_by_the_loss_alone(data, monkeypatch):

@@ -9,15 +9,18 @@ trusted channels stay. Training on a pool P of clean samples and growing P take 
        smallest d(x) = CE(x; model) - CE(x; copy): what the copy is slow to learn is clean
 
 Phases come from ASD (Gao et al., CVPR 2023). Not in the paper, hence settings: epochs per
-round, optimiser and rate, whether batch norm uses stored statistics (`frozen_norm`) or those
-of the batch, and a last training on the final pool with the rate decaying to 0. Shares are of
-the rest D \\ P, the literal reading (`of_rest`). Filters start as He et al. (2015) do, rows of linear layers
-as PyTorch's, biases at 0. The batch-norm entries of untrusted channels are reset
-(scale 1, shift 0) and trained along, their statistics measured anew; layer norm, which has no
-channels of one layer's own, stays as it is. The copy of phase 3 always
-uses stored statistics and smaller batches: the rest of a small set shrinks to a few hundred samples, and
-a handful of steps unsettles the copy more than it teaches it, so poisons that the model happens to have right
-rank first. Small sets therefore want more than the paper's one epoch (measured: docs/fidelity.md).
+round and before the first (`epochs_warmup`), optimiser and rate, whether batch norm uses stored
+statistics (`frozen_norm`) or those of the batch, whether the model trains on random crops
+(`crop_min`; it is measured, and the copy trained, on whole images), and a last training on the
+final pool with the rate decaying to 0. Shares are of the rest D \\ P, the literal reading (`of_rest`).
+Filters start as He et al. (2015) do, rows of linear layers as PyTorch's, biases at 0. The batch-norm
+entries of untrusted channels are reset (scale 1, shift 0) and trained along, their statistics measured
+anew; layer norm, which has no channels of one layer's own, stays as it is.
+
+On small sets a round has few steps, and both models are noise where they decide: poisons that they have
+right by chance come first, and one of them in the pool brings the others. Hence the warm-up (at full size
+the first round alone has 150 steps), and for the copy, whose rest shrinks to a few hundred samples, stored
+statistics, small batches and more than the paper's one pass (measured: docs/fidelity.md).
 """
 
 import copy
@@ -38,6 +41,7 @@ from tcore.models import head as heads
 from tcore.models.channels import layers, norms_behind
 from tcore.models.classifier import Classifier, logits
 from tcore.models.encoder import floats
+from tcore.pretraining.augment import resized_crop
 from tcore.stages.expand import highest
 
 GUIDANCE = ("meta", "loss")
@@ -51,7 +55,8 @@ class Settings:
     gamma2: float = 0.02  # share of the rest added per round of phase 2 [paper: App. A; its main tables 0.05]
     gamma3: float = 0.05  # share of the rest added per round of phase 3 [paper: App. A]
     rho: float = 0.9  # share of D at which the pool is full [paper: App. A]
-    epochs_warmup: int = 0  # passes over the clean subset before the first round [open]
+    epochs_warmup: int = 0  # passes over the clean subset before the first round; small sets need 30 [open]
+    crop_min: float = 1.0  # smallest crop that the model trains on, as a share of the image's area [open]
     epochs: int = 5  # T, passes over the pool per round of phases 1 and 2 [open]
     epochs_meta: int = 1  # passes over the pool per round of phase 3 [open]
     epochs_final: int = 20  # passes over the final pool, rate decaying to 0 [open]
@@ -127,24 +132,29 @@ def fit(
     images: Tensor,
     labels: Tensor,
     settings: Settings,
-    generator: torch.Generator,
+    order: torch.Generator,
+    views: torch.Generator,
     frozen_norm: bool,
     epochs: int = 1,
     rate: Callable[[float], float] | None = None,
 ) -> None:
-    """Cross-entropy on the given rows of D, in place; `rate` maps progress in [0, 1] to a factor of lr."""
+    """Cross-entropy on random crops of the given rows of D, in place; `rate` maps progress in [0, 1] to a
+    factor of lr, `order` is of the CPU and `views` of the images' device."""
     model.train()
     if frozen_norm:
         model.encoder.eval()
     total, step = epochs * math.ceil(len(rows) / settings.batch), 0
     for _ in range(epochs):
-        for picked in heads.batches(len(rows), settings.batch, generator, labels.device):
+        for picked in heads.batches(len(rows), settings.batch, order, labels.device):
             if rate:
                 for group in optimizer.param_groups:
                     group["lr"] = settings.lr * rate(step / total)
             batch = rows[picked]
+            x = floats(images[batch])
+            if settings.crop_min < 1:
+                x = resized_crop(x, views, (settings.crop_min, 1.0))
             with autocast(labels.device):
-                out = model(floats(images[batch]))
+                out = model(x)
             loss = F.cross_entropy(out.float(), labels[batch])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -191,14 +201,19 @@ def bootstrap(
     encoder = copy.deepcopy(encoder).to(memory_format=torch.channels_last)
     if settings.guidance not in GUIDANCE:
         raise InputError(f"bootstrap.guidance = {settings.guidance!r} should be one of {GUIDANCE}")
+    if not 0 < settings.crop_min <= 1:
+        raise InputError(
+            f"bootstrap.crop_min = {settings.crop_min} should be a share of the image, in (0, 1]"
+        )
     restart(encoder, untrusted, seed, settings.restart_norm)
     measure_norms(encoder, images[subset], untrusted, settings.batch)
     fresh_head = heads.new_head(encoder.dim, classes, head, seed, "bootstrap", "head")
     model = Classifier(encoder, fresh_head).to(device)
     optimizer = torch.optim.Adam(trainable(model, untrusted, settings.restart_norm), settings.lr)
     order = seeds.generator(seed, "bootstrap", "order")
-    data = (images, labels, settings, order)
-    for_copy = (images, labels, replace(settings, batch=settings.batch_copy), order)
+    views = seeds.generator(seed, "bootstrap", "views", device=device.type)
+    data = (images, labels, settings, order, views)
+    for_copy = (images, labels, replace(settings, batch=settings.batch_copy, crop_min=1.0), order, views)
     gamma = {1: settings.gamma1, 2: settings.gamma2, 3: settings.gamma3}
     pool = subset.clone()
     joined, phases = torch.where(subset, 0, -1), torch.zeros(n, dtype=torch.long, device=device)
