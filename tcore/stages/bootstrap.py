@@ -18,9 +18,9 @@ entries of untrusted channels are reset (scale 1, shift 0) and trained along, th
 anew; layer norm, which has no channels of one layer's own, stays as it is.
 
 On small sets a round has few steps, and both models are noise where they decide: poisons that they have
-right by chance come first, and one of them in the pool brings the others. Hence the warm-up (at full size
-the first round alone has 150 steps), and for the copy, whose rest shrinks to a few hundred samples, stored
-statistics, small batches and more than the paper's one pass (measured: docs/fidelity.md).
+right by chance come first, and one of them in the pool brings the others. Hence for the copy, whose rest
+shrinks to a few hundred samples, stored statistics, small batches and more than the paper's one pass
+(measured, as are crops and the warm-up: docs/fidelity.md).
 """
 
 import copy
@@ -55,7 +55,7 @@ class Settings:
     gamma2: float = 0.02  # share of the rest added per round of phase 2 [paper: App. A; its main tables 0.05]
     gamma3: float = 0.05  # share of the rest added per round of phase 3 [paper: App. A]
     rho: float = 0.9  # share of D at which the pool is full [paper: App. A]
-    epochs_warmup: int = 0  # passes over the clean subset before the first round; small sets need 30 [open]
+    epochs_warmup: int = 0  # passes over the clean subset before the first round [open]
     crop_min: float = 1.0  # smallest crop that the model trains on, as a share of the image's area [open]
     epochs: int = 5  # T, passes over the pool per round of phases 1 and 2 [open]
     epochs_meta: int = 1  # passes over the pool per round of phase 3 [open]
