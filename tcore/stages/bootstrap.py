@@ -18,9 +18,9 @@ entries of untrusted channels are reset (scale 1, shift 0) and trained along, th
 anew; layer norm, which has no channels of one layer's own, stays as it is.
 
 On small sets a round has few steps, and both models are noise where they decide: poisons that they have
-right by chance come first, and one of them in the pool brings the others. Hence for the copy, whose rest
-shrinks to a few hundred samples, stored statistics, small batches and more than the paper's one pass
-(measured, as are crops and the warm-up: docs/fidelity.md).
+right by chance come first, and one of them in the pool brings the others. Crops help, for the copy, whose
+rest shrinks to a few hundred samples, stored statistics and small batches do (measured, as are the warm-up
+and more passes of the copy: docs/fidelity.md).
 """
 
 import copy
@@ -63,7 +63,7 @@ class Settings:
     lr: float = 1e-3  # Adam's rate [open]
     batch: int = 128  # images a step [paper: Table 17]
     batch_copy: int = 32  # images a step of phase 3's copy [open]
-    epochs_copy: int = 1  # passes of phase 3's copy over the rest; small sets need 3 [paper: 4.3]
+    epochs_copy: int = 1  # passes of phase 3's copy over the rest [paper: 4.3]
     frozen_norm: bool = False  # batch norm uses its stored statistics in training [open]
     restart_norm: bool = True  # batch-norm entries of untrusted channels start anew and train [open]
     of_rest: bool = True  # gammas are shares of what is outside the pool; false: of D or of its class [open]
