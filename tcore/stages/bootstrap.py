@@ -18,9 +18,9 @@ entries of untrusted channels are reset (scale 1, shift 0) and trained along, th
 anew; layer norm, which has no channels of one layer's own, stays as it is.
 
 On small sets a round has few steps, and both models are noise where they decide: poisons that they have
-right by chance come first, and one of them in the pool brings the others. Crops help, for the copy, whose
-rest shrinks to a few hundred samples, stored statistics and small batches do (measured, as are the warm-up
-and more passes of the copy: docs/fidelity.md).
+right by chance come first, and one of them in the pool brings the others. Hence stored statistics and
+small batches for the copy, whose rest shrinks to a few hundred samples. Crops, a warm-up and more passes of
+the copy were tried against it, with no clear success (docs/fidelity.md).
 """
 
 import copy
