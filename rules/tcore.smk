@@ -84,6 +84,7 @@ rule bootstrap:
     input:
         model="data/defended/<cell>/none/model.safetensors",
         images=received("train.parquet"),
+        seeds=made_by("sift", "seeds.parquet"),
         subset=made_by("expand", "subset.parquet"),
         channels=made_by("filter_channels", "channels.safetensors"),
     output:
@@ -103,6 +104,6 @@ rule bootstrap:
         "T-Core bootstraps a clean model from the subset and the trusted channels"
         " ({wildcards.encoder_attack}, {wildcards.dataset_attack}, seed {wildcards.seed})"
     shell:
-        "python scripts/bootstrap.py --model {input.model} --images {input.images} --subset {input.subset}"
-        " --channels {input.channels} --settings {params.settings:q} --seed {wildcards.seed}"
+        "python scripts/bootstrap.py --model {input.model} --images {input.images} --seeds {input.seeds}"
+        " --subset {input.subset} --channels {input.channels} --settings {params.settings:q} --seed {wildcards.seed}"
         " --model-out {output.model} --pool {output.pool} --record {output.record} > {log} 2>&1"

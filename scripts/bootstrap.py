@@ -19,6 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="the suspect classifier, for its encoder")
     parser.add_argument("--images", required=True, help="the data set received (Parquet)")
+    parser.add_argument("--seeds", required=True, help="table of samples: `in_core` for sifting's core")
     parser.add_argument("--subset", required=True, help="the clean subset: round 0 or more")
     parser.add_argument("--channels", required=True, help="masks and untrusted channels by layer")
     parser.add_argument("--settings", type=json.loads, required=True, help='JSON: {"bootstrap", "head"}')
@@ -34,6 +35,7 @@ def main() -> None:
     with record(args.record, "bootstrap", args.settings, args.seed, device) as log:
         images = read_images(args.images)
         subset = torch.from_numpy((load_table(args.subset)["round"] >= 0).to_numpy(copy=True)).to(device)
+        core = torch.from_numpy(load_table(args.seeds)["in_core"].to_numpy(copy=True)).to(device)
         channels, _ = load_tensors(args.channels)
         untrusted = {
             name.removeprefix("untrusted."): flags.to(device)
@@ -46,6 +48,7 @@ def main() -> None:
             images.targets.to(device),
             images.num_classes,
             subset,
+            core,
             untrusted,
             settings,
             head,

@@ -94,7 +94,9 @@ def passes(
             pooling.epochs_meta if epochs is None else epochs
         ) * pool + copied * pooling.epochs_copy * rest
         looked += (1 + copied) * rest
-        pool += min(rest, math.ceil(gamma * (rest if pooling.of_rest else n)))
+        if pooling.within_core and epochs:
+            rest = max(0, int(sifting.majority * n) - pool)
+        pool += min(rest, math.ceil(gamma * (n - pool if pooling.of_rest else n)))
     return trained + pooling.epochs_final * pool, looked
 
 
@@ -137,7 +139,9 @@ def rehearse(
         untrusted = filter_channels.filter_channels(
             Classifier(encoder, suspect), pixels, labels, every, channels, 0
         )[1]
-        bootstrap.bootstrap(encoder, pixels, labels, images.num_classes, every, untrusted, pooling, head, 0)
+        bootstrap.bootstrap(
+            encoder, pixels, labels, images.num_classes, every, every, untrusted, pooling, head, 0
+        )
     except InputError:
         raise
     except Exception as error:  # the network's own code can raise anything

@@ -70,9 +70,10 @@ def data() -> tuple[Tensor, Tensor, Tensor]:
     return colours(labels, 0.2), labels, torch.arange(120) % 6 == 0
 
 
-def run(data, settings=SETTINGS, seed: int = 0):
+def run(data, settings=SETTINGS, seed: int = 0, core: Tensor | None = None):
     images, labels, subset = data
-    return stage.bootstrap(encoder(), images, labels, 3, subset, UNTRUSTED, settings, HEAD, seed)
+    core = torch.ones_like(subset) if core is None else core
+    return stage.bootstrap(encoder(), images, labels, 3, subset, core, UNTRUSTED, settings, HEAD, seed)
 
 
 def entries(module: nn.Module, name: str) -> dict[str, Tensor]:
@@ -166,7 +167,9 @@ def test_trusted_channels_stay_bit_for_bit_and_untrusted_ones_change(data, froze
     before, given = encoder(), encoder()
     images, labels, subset = data
     settings = replace(SETTINGS, frozen_norm=frozen_norm)
-    model, _, _ = stage.bootstrap(given, images, labels, 3, subset, UNTRUSTED, settings, HEAD, 0)
+    model, _, _ = stage.bootstrap(
+        given, images, labels, 3, subset, torch.ones_like(subset), UNTRUSTED, settings, HEAD, 0
+    )
     assert not model.training
     for name, bad in UNTRUSTED.items():
         old, new, same = entries(before, name), entries(model.encoder, name), entries(given, name)
@@ -202,6 +205,21 @@ def test_a_pool_by_hand(data):
     assert (pool["round"] == -1).sum() == left
 
 
+def test_phases_one_and_two_add_samples_of_the_core_alone(data):
+    _, labels, subset = data
+    core = torch.arange(120) % 3 == 0  # the subset is half of it: 10, 7 and 3 of 20, 14 and 6
+    _, pool, _ = run(data, replace(SETTINGS, rounds_class=3), core=core)
+    early = pool["phase"].isin((1, 2)).to_numpy()
+    assert set(np.flatnonzero(early)) == set(np.flatnonzero((core & ~subset).numpy()))
+    # An eighth of all that is outside, rounded up, until the core's have been added.
+    for number, added in ((1, [7, 5, 3]), (2, [3, 2, 0]), (3, [0, 0, 0]), (4, [0, 0, 0]), (5, [0, 0, 0])):
+        joined = labels[np.flatnonzero(pool["round"] == number)]
+        assert joined.bincount(minlength=3).tolist() == added
+    assert (pool["round"] == 6).sum() == 20  # phase 3, a quarter of the 80 outside
+    _, free, _ = run(data, replace(SETTINGS, within_core=False), core=core)
+    assert free.equals(run(data)[1])
+
+
 def test_bootstrapping_depends_on_its_seed_alone(data):
     torch.manual_seed(1)
     state = torch.random.get_rng_state()
@@ -224,7 +242,7 @@ def test_by_its_loss_no_poison_is_let_in():
     subset = (torch.arange(180) < 40) & ~poison
     wrong = poison & (labels != 0)
     settings = replace(SETTINGS, rounds_all=5, rho=0.8, epochs=10)
-    model, pool, _ = stage.bootstrap(encoder(), images, target, 3, subset, UNTRUSTED, settings, HEAD, 0)
+    model, pool, _ = run((images, target, subset), settings)
     assert pool["phase"].max() == 2 and (pool["round"] >= 0).mean() > 0.8
     assert not (pool["round"] >= 0)[wrong.numpy()].any()
     with torch.no_grad():
@@ -246,7 +264,7 @@ def test_of_equally_wrong_samples_the_slow_to_learn_are_let_in_first():
     images, labels = torch.cat([colours(clean, 0.1), noise.to(torch.uint8)]), torch.cat([clean, rest])
     subset = torch.arange(180) < 60
     settings = replace(SETTINGS, rounds_class=0, rounds_all=0, gamma3=1 / 4, rho=0.5, epochs_meta=10)
-    _, pool, _ = stage.bootstrap(encoder(), images, labels, 3, subset, UNTRUSTED, settings, HEAD, 0)
+    _, pool, _ = run((images, labels, subset), settings)
     joined = (pool["round"] == 1).to_numpy()[60:]
     assert joined.sum() == 30 and (joined & fast.numpy()).sum() <= 7  # by chance 15
 
@@ -344,6 +362,9 @@ def test_shares_of_the_rest_or_of_the_whole_by_hand():
         (True, False, [7, 6, 10, 9]),  # half of eight is more than there is; half of four
     ):
         assert stage.best(score, labels, pool, 0.5, per_class, of_rest).tolist() == expected
+    allowed = torch.tensor([True] * 7 + [False, True, True, False, False])
+    for per_class, expected in ((False, [9, 8, 6]), (True, [6, 9, 8])):  # half of six, of two and of four
+        assert stage.best(score, labels, pool, 0.5, per_class, True, allowed).tolist() == expected
 
 
 def test_batch_norm_entries_that_do_not_start_anew_stay_for_good(data):
@@ -368,7 +389,9 @@ def test_rows_of_a_transformers_linear_layers_stay_or_start_anew(data):
         nn.init.uniform_(norm.weight, 0.8, 1.2)
     untrusted = {name: torch.arange(len(layer.weight)) % 10 == 3 for name, layer in layers(vit).items()}
     settings = replace(SETTINGS, rounds_class=1, rounds_all=1, gamma2=0.9, epochs=1, epochs_final=1, lr=1e-3)
-    model, _, _ = stage.bootstrap(vit, images, labels, 3, subset, untrusted, settings, HEAD, 0)
+    model, _, _ = stage.bootstrap(
+        vit, images, labels, 3, subset, torch.ones_like(subset), untrusted, settings, HEAD, 0
+    )
     after = model.encoder
     for name, bad in untrusted.items():
         old, new = vit.get_submodule(name), after.get_submodule(name)

@@ -33,7 +33,7 @@ STEPS = {  # inputs, outputs, settings; an option's file has its name
         {"filter_channels": {"epochs": 1, "unlearn_epochs": 1}},
     ),
     "bootstrap": (
-        ("model", "images", "subset", "channels"),
+        ("model", "images", "seeds", "subset", "channels"),
         ("model-out", "pool"),
         HEAD | {"bootstrap": SHORT},
     ),

@@ -19,8 +19,10 @@ anew; layer norm, which has no channels of one layer's own, stays as it is.
 
 On small sets a round has few steps, and both models are noise where they decide: poisons that they have
 right by chance come first, and one of them in the pool brings the others. Hence stored statistics and
-small batches for the copy, whose rest shrinks to a few hundred samples. Crops, a warm-up and more passes of
-the copy were tried against it, with no clear success (docs/fidelity.md).
+small batches for the copy, whose rest shrinks to a few hundred samples. Not in the paper either: phases 1
+and 2, which have only the loss to go by, add samples of B_k alone, what passed sifting's majority rule
+(`within_core`); when all of B_k is in, their rounds just train. Crops, a warm-up and more passes of the copy
+were tried too, with no clear success (measured: docs/fidelity.md).
 """
 
 import copy
@@ -67,6 +69,7 @@ class Settings:
     frozen_norm: bool = False  # batch norm uses its stored statistics in training [open]
     restart_norm: bool = True  # batch-norm entries of untrusted channels start anew and train [open]
     of_rest: bool = True  # gammas are shares of what is outside the pool; false: of D or of its class [open]
+    within_core: bool = True  # phases 1 and 2 add only samples of sifting's core [ours]
     guidance: str = "meta"  # of phase 3; loss: that of phase 2, to see what the copy is worth [paper: meta]
 
 
@@ -169,15 +172,22 @@ def losses(model: Classifier, images: Tensor, labels: Tensor, rows: Tensor) -> T
 
 
 def best(
-    score: Tensor, labels: Tensor, pool: Tensor, share: float, per_class: bool, of_rest: bool = True
+    score: Tensor,
+    labels: Tensor,
+    pool: Tensor,
+    share: float,
+    per_class: bool,
+    of_rest: bool = True,
+    allowed: Tensor | None = None,
 ) -> Tensor:
     """Rows outside the pool with the smallest score (n,): `share` of these rows, or of each class's; where
-    not `of_rest`, as many as that share of D or of the class in D."""
+    not `of_rest`, as many as that share of D or of the class in D. Of the `allowed` (n,), all at most."""
     found = []
     for group in [labels == k for k in labels[~pool].unique()] if per_class else [torch.ones_like(pool)]:
         rest = group & ~pool
         wanted = math.ceil(share * int((rest if of_rest else group).sum()))
-        found.append(highest(-score, rest, min(wanted, int(rest.sum()))))
+        candidates = rest if allowed is None else rest & allowed
+        found.append(highest(-score, candidates, min(wanted, int(candidates.sum()))))
     return torch.cat(found)
 
 
@@ -187,6 +197,7 @@ def bootstrap(
     labels: Tensor,
     classes: int,
     subset: Tensor,
+    core: Tensor,
     untrusted: dict[str, Tensor],
     settings: Settings,
     head: heads.Settings,
@@ -194,7 +205,8 @@ def bootstrap(
 ) -> tuple[Classifier, pd.DataFrame, dict]:
     """The clean classifier, the pool (index, round, phase) and a log; `encoder` is not changed.
 
-    uint8 images (n, 3, H, W) and labels (n,) on the encoder's device; `subset` (n,) bool.
+    uint8 images (n, 3, H, W) and labels (n,) on the encoder's device; `subset` (n,) bool, and `core` (n,)
+    bool, what passed sifting's majority rule.
     In the pool, round 0 is the clean subset and -1 what was left out.
     """
     n, device = len(labels), labels.device
@@ -239,7 +251,8 @@ def bootstrap(
                 own = trainable(fast, untrusted, settings.restart_norm)
                 fit(fast, torch.optim.Adam(own, settings.lr), rest, *for_copy, True, settings.epochs_copy)
                 score[rest] -= losses(fast, images, labels, rest)
-            add = best(score, labels, pool, gamma[phase], phase == 1, settings.of_rest)
+            allowed = core if settings.within_core and phase < 3 else None
+            add = best(score, labels, pool, gamma[phase], phase == 1, settings.of_rest, allowed)
             pool[add], joined[add], phases[add] = True, rounds, phase
             log["pool"].append(int(pool.sum()))
             bar.update(len(add))
