@@ -81,7 +81,6 @@ def passes(
     core as one layer's largest cluster."""
     chosen = int(min(subset.subset_share, sifting.majority if subset.within_core else 1.0) * n)
     trained = channels.unlearn_epochs * n + channels.epochs * chosen if channels.rank == "masks" else 0
-    trained += pooling.epochs_warmup * chosen
     looked = 0
     pool = chosen
     rounds = [(pooling.gamma1, pooling.epochs)] * pooling.rounds_class
@@ -90,9 +89,7 @@ def passes(
         gamma, epochs = rounds.pop(0) if rounds else (pooling.gamma3, None)
         rest = n - pool
         copied = epochs is None and pooling.guidance == "meta"
-        trained += (
-            pooling.epochs_meta if epochs is None else epochs
-        ) * pool + copied * pooling.epochs_copy * rest
+        trained += (pooling.epochs_meta if epochs is None else epochs) * pool + copied * rest
         looked += (1 + copied) * rest
         if pooling.within_core and epochs:
             rest = max(0, int(sifting.majority * n) - pool)

@@ -20,7 +20,7 @@ from tcore.stages import bootstrap as stage
 HEAD = heads.Settings(hidden=(32, 16), dropout=0.1)
 SETTINGS = stage.Settings(
     rounds_class=2, rounds_all=2, gamma1=1 / 8, gamma2=1 / 4, gamma3=1 / 4, rho=0.9,
-    epochs_warmup=0, epochs=2, epochs_meta=1, epochs_final=2, lr=0.01, batch=16,
+    epochs=2, epochs_meta=1, epochs_final=2, lr=0.01, batch=16,
 )  # fmt: skip
 
 
@@ -289,20 +289,6 @@ def test_phase_three_ranks_by_the_loss_before_less_the_loss_after(data, monkeypa
         assert torch.equal(slow[key][~bad], fast[key][~bad]) and (slow[key] != fast[key])[bad].any()
 
 
-def test_the_copy_alone_passes_over_the_rest_as_often_as_asked(data, monkeypatch):
-    passes, fit = [], stage.fit
-
-    def watched(model, optimizer, rows, *more):
-        passes.append((set(rows.tolist()), more[2].batch, more[6]))
-        fit(model, optimizer, rows, *more)
-
-    monkeypatch.setattr(stage, "fit", watched)
-    growth = {"rounds_class": 0, "rounds_all": 0, "rho": 0.3, "epochs_warmup": 3}
-    run(data, replace(SETTINGS, batch_copy=8, epochs_copy=4, **growth))
-    pool = set(data[2].nonzero().flatten().tolist())
-    assert passes[:3] == [(pool, 16, 3), (pool, 16, 1), (set(range(120)) - pool, 8, 4)]
-
-
 def test_the_model_trains_on_crops_and_is_measured_on_whole_images_like_the_copy(data, monkeypatch):
     crops, seen, crop, fit, losses = [], [], stage.resized_crop, stage.fit, stage.losses
 
@@ -310,10 +296,10 @@ def test_the_model_trains_on_crops_and_is_measured_on_whole_images_like_the_copy
         crops.append(scale)
         return crop(x, views, scale)
 
-    def watched(model, optimizer, rows, images, labels, settings, *more):
+    def watched(model, optimizer, rows, images, labels, settings, *more, **named):
         before = len(crops)
-        fit(model, optimizer, rows, images, labels, settings, *more)
-        steps = more[3] * -(-len(rows) // settings.batch)
+        fit(model, optimizer, rows, images, labels, settings, *more, **named)
+        steps = (more[3] if len(more) > 3 else 1) * -(-len(rows) // settings.batch)
         seen.append((settings.batch == 8, steps, len(crops) - before))
 
     def measured(*args):

@@ -227,7 +227,7 @@ def test_passes_count_what_bootstrapping_trains_on(monkeypatch):
     monkeypatch.setattr(
         bootstrap,
         "fit",
-        lambda m, o, rows, *rest: trained.append(len(rows) * (rest[6] if len(rest) > 6 else 1)),
+        lambda m, o, rows, *rest, **named: trained.append(len(rows) * (rest[6] if len(rest) > 6 else 1)),
     )
     monkeypatch.setattr(
         bootstrap, "losses", lambda m, i, y, rows: looked.append(len(rows)) or torch.rand(len(rows))

@@ -9,7 +9,7 @@ trusted channels stay. Training on a pool P of clean samples and growing P take 
        smallest d(x) = CE(x; model) - CE(x; copy): what the copy is slow to learn is clean
 
 Phases come from ASD (Gao et al., CVPR 2023). Not in the paper, hence settings: epochs per
-round and before the first (`epochs_warmup`), optimiser and rate, whether batch norm uses stored
+round (none before the first), optimiser and rate, whether batch norm uses stored
 statistics (`frozen_norm`) or those of the batch, whether the model trains on random crops
 (`crop_min`; it is measured, and the copy trained, on whole images), and a last training on the
 final pool with the rate decaying to 0. Shares are of the rest D \\ P, the literal reading (`of_rest`).
@@ -57,7 +57,6 @@ class Settings:
     gamma2: float = 0.02  # share of the rest added per round of phase 2 [paper: App. A; its main tables 0.05]
     gamma3: float = 0.05  # share of the rest added per round of phase 3 [paper: App. A]
     rho: float = 0.9  # share of D at which the pool is full [paper: App. A]
-    epochs_warmup: int = 0  # passes over the clean subset before the first round [open]
     crop_min: float = 1.0  # smallest crop that the model trains on, as a share of the image's area [open]
     epochs: int = 5  # T, passes over the pool per round of phases 1 and 2 [open]
     epochs_meta: int = 1  # passes over the pool per round of phase 3 [open]
@@ -65,7 +64,6 @@ class Settings:
     lr: float = 1e-3  # Adam's rate [open]
     batch: int = 128  # images a step [paper: Table 17]
     batch_copy: int = 32  # images a step of phase 3's copy [open]
-    epochs_copy: int = 1  # passes of phase 3's copy over the rest [paper: 4.3]
     frozen_norm: bool = False  # batch norm uses its stored statistics in training [open]
     restart_norm: bool = True  # batch-norm entries of untrusted channels start anew and train [open]
     of_rest: bool = True  # gammas are shares of what is outside the pool; false: of D or of its class [open]
@@ -237,7 +235,6 @@ def bootstrap(
         tqdm(total=int(settings.rho * n), initial=log["pool"][0], desc="bootstrap", unit="sample") as bar,
     ):
         torch.manual_seed(seeds.derive(seed, "bootstrap", "dropout"))
-        fit(model, optimizer, pool.nonzero().flatten(), *data, settings.frozen_norm, settings.epochs_warmup)
         while schedule or int(pool.sum()) < settings.rho * n:
             phase = schedule.pop(0) if schedule else 3
             rounds += 1
@@ -249,7 +246,7 @@ def bootstrap(
             if phase == 3 and settings.guidance == "meta":
                 fast = copy.deepcopy(model)
                 own = trainable(fast, untrusted, settings.restart_norm)
-                fit(fast, torch.optim.Adam(own, settings.lr), rest, *for_copy, True, settings.epochs_copy)
+                fit(fast, torch.optim.Adam(own, settings.lr), rest, *for_copy, frozen_norm=True)
                 score[rest] -= losses(fast, images, labels, rest)
             allowed = core if settings.within_core and phase < 3 else None
             add = best(score, labels, pool, gamma[phase], phase == 1, settings.of_rest, allowed)
