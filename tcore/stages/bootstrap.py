@@ -21,7 +21,7 @@ On small sets a round has few steps, and both models are noise where they decide
 right by chance come first, and one of them in the pool brings the others. Hence stored statistics and
 small batches for the copy, whose rest shrinks to a few hundred samples. Not in the paper either: phases 1
 and 2, which have only the loss to go by, add samples of B_k alone, what passed sifting's majority rule
-(`within_core`); when all of B_k is in, their rounds just train. Crops lower what is left of the encoder's
+(`within_core`); when all of B_k is in, their rounds just train. Crops can lower what is left of the encoder's
 trigger; a warm-up and more passes of the copy were of no use (measured: docs/fidelity.md).
 """
 
