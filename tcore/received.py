@@ -79,8 +79,7 @@ def passes(
 ) -> tuple[int, int]:
     """How many images T-Core trains on and how many it only looks at; unlearning counted to its limit, the
     core as one layer's largest cluster."""
-    core = int(sifting.majority * n)
-    chosen = min(int(subset.subset_share * n), core if subset.within_core else n)
+    chosen = int(min(subset.subset_share, sifting.majority if subset.within_core else 1.0) * n)
     trained = channels.unlearn_epochs * n + channels.epochs * chosen if channels.rank == "masks" else 0
     looked = 0
     pool = chosen
@@ -93,10 +92,8 @@ def passes(
         trained += (pooling.epochs_meta if epochs is None else epochs) * pool + copied * rest
         looked += (1 + copied) * rest
         if pooling.within_core and epochs:
-            rest = max(0, core - pool)
+            rest = max(0, int(sifting.majority * n) - pool)
         pool += min(rest, math.ceil(gamma * (n - pool if pooling.of_rest else n)))
-        if pooling.within_core and pool >= core:
-            rounds.clear()
     return trained + pooling.epochs_final * pool, looked
 
 

@@ -212,10 +212,10 @@ def test_phases_one_and_two_add_samples_of_the_core_alone(data):
     early = pool["phase"].isin((1, 2)).to_numpy()
     assert set(np.flatnonzero(early)) == set(np.flatnonzero((core & ~subset).numpy()))
     # An eighth of all that is outside, rounded up, until the core's have been added.
-    for number, added in ((1, [7, 5, 3]), (2, [3, 2, 0])):
+    for number, added in ((1, [7, 5, 3]), (2, [3, 2, 0]), (3, [0, 0, 0]), (4, [0, 0, 0]), (5, [0, 0, 0])):
         joined = labels[np.flatnonzero(pool["round"] == number)]
         assert joined.bincount(minlength=3).tolist() == added
-    assert (pool["phase"][pool["round"] == 3] == 3).sum() == 20  # a quarter of the 80 outside
+    assert (pool["round"] == 6).sum() == 20  # phase 3, a quarter of the 80 outside
     _, free, _ = run(data, replace(SETTINGS, within_core=False), core=core)
     assert free.equals(run(data)[1])
 

@@ -220,7 +220,7 @@ def test_repeats_by_hand():
 def test_passes_count_what_bootstrapping_trains_on(monkeypatch):
     """Against a run of the stage with counters in place of its training; the core is sifting's majority."""
     pooling = bootstrap.Settings(
-        rounds_class=0, rounds_all=4, gamma2=0.2, epochs=3, epochs_meta=2, epochs_final=4, gamma3=0.3
+        rounds_class=0, rounds_all=2, gamma2=0.2, epochs=3, epochs_meta=2, epochs_final=4, gamma3=0.3
     )
     n, subset = 40, torch.arange(40) < 4
     trained, looked = [], []

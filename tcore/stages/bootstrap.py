@@ -21,8 +21,9 @@ On small sets a round has few steps, and both models are noise where they decide
 right by chance come first, and one of them in the pool brings the others. Hence stored statistics and
 small batches for the copy, whose rest shrinks to a few hundred samples. Not in the paper either: phases 1
 and 2, which have only the loss to go by, add samples of B_k alone, what passed sifting's majority rule
-(`within_core`), and end when all of B_k is in. Crops can lower what is left of the encoder's trigger; a
-warm-up and more passes of the copy were of no use (measured: docs/fidelity.md).
+(`within_core`); when all of B_k is in, their rounds just train, and phase 3 starts the safer for it.
+Crops can lower what is left of the encoder's trigger; a warm-up and more passes of the copy were of no use
+(measured: docs/fidelity.md).
 """
 
 import copy
@@ -251,8 +252,6 @@ def bootstrap(
             allowed = core if settings.within_core and phase < 3 else None
             add = best(score, labels, pool, gamma[phase], phase == 1, settings.of_rest, allowed)
             pool[add], joined[add], phases[add] = True, rounds, phase
-            if settings.within_core and not (core & ~pool).any():
-                schedule.clear()
             log["pool"].append(int(pool.sum()))
             bar.update(len(add))
         fit(
