@@ -29,7 +29,7 @@ def main() -> None:
         images = read_images(args.images)
         labels = images.targets.to(device)
         features = load_tensors(args.features)[0]["features"].to(device)
-        layers = sift.activations(load_classifier(args.model).to(device), features)
+        layers = sift.activations(load_classifier(args.model).to(device), features, images.tensor, settings)
         save_table(args.seeds, sift.sift(layers, labels, settings, args.seed).assign(index=images.index))
 
 

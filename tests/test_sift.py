@@ -8,11 +8,12 @@ import pytest
 import torch
 from sklearn.cluster import DBSCAN
 from sklearn.neighbors import NearestNeighbors
-from torch import Tensor, nn
+from torch import Tensor
 
 from tcore.files import InputError
 from tcore.models import head as heads
 from tcore.models.classifier import Classifier
+from tcore.models.encoder import Encoder, extract_depths, floats
 from tcore.stages import sift
 
 SETTINGS = sift.Settings(seed_share=0.05, neighbours=20)
@@ -210,13 +211,47 @@ def test_a_class_too_small_for_a_seed_is_named():
         sift.sift(layers, labels, SETTINGS)
 
 
-def test_activations_are_the_features_and_two_hidden_layers_without_dropout():
-    model = Classifier(nn.Identity(), heads.new_head(6, 3, heads.Settings(hidden=(12, 8)), 0)).train()
-    z = normal(5, 6)
+def test_activations_are_the_encoders_depths_the_features_and_two_hidden_layers_without_dropout():
+    encoder = Encoder("resnet_tiny", 16)
+    images = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8)
+    model = Classifier(encoder, heads.new_head(encoder.dim, 3, heads.Settings(hidden=(12, 8)), 0)).eval()
     unit = SimpleNamespace(fc1=model.head.fc1, fc2=model.head.fc2)
     with torch.no_grad():
-        h1 = unit.fc1(z / z.norm(dim=1, keepdim=True)).clamp(min=0)
-        expected = [z, h1, unit.fc2(h1).clamp(min=0)]
-    for found, wanted in zip(sift.activations(model, z), expected, strict=True):
-        torch.testing.assert_close(found, wanted)
-        assert not found.requires_grad
+        x, stages = (floats(images) - encoder.mean) / encoder.std, []
+        for part in encoder:
+            x = part(x)
+            stages.append(x)
+        h1 = unit.fc1(x / x.norm(dim=1, keepdim=True)).clamp(min=0)
+        # conv1, bn1, relu, maxpool, then four stages and the mean
+        expected = [*(stage.mean((2, 3)) for stage in stages[4:7]), x, h1, unit.fc2(h1).clamp(min=0)]
+    found = sift.activations(model.train(), x, images, SETTINGS)
+    for layer, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(layer, wanted)
+        assert not layer.requires_grad
+    assert [len(z[0]) for z in sift.activations(model, x, images, replace(SETTINGS, depths=()))] == [
+        128,
+        12,
+        8,
+    ]
+    with pytest.raises(InputError, match=r"sift.depths = \(1.0,\) should be shares"):
+        sift.activations(model, x, images, replace(SETTINGS, depths=(1.0,)))
+
+
+@pytest.mark.parametrize("architecture", ["vit", "efficientnet_lite0", "torchvision:mobilenet_v2"])
+def test_depths_of_an_image_are_its_own_whatever_the_batch(architecture):
+    encoder = Encoder(architecture, 32)
+    images = torch.randint(0, 256, (7, 3, 32, 32), dtype=torch.uint8)
+    whole = extract_depths(encoder, images, (0.25, 0.5, 0.75))
+    parts = extract_depths(encoder, images.flip(0), (0.25, 0.5, 0.75), batch=3)
+    for one, other in zip(whole, parts, strict=True):
+        assert one.ndim == 2 and one.std(0).max() > 0
+        torch.testing.assert_close(one, other.flip(0), rtol=1e-4, atol=1e-4)
+
+
+def test_poisons_that_the_encoder_put_into_the_middle_of_their_class_are_apart_before():
+    layers, labels, poison = planted()
+    moved = 3 * [layers[2]]  # as a poisoned encoder leaves them: no layer from its output on has them apart
+    assert sift.sift(moved, labels, SETTINGS).in_core[poison.numpy()].mean() > 0.9
+    table = sift.sift([layers[0], *moved], labels, SETTINGS)
+    assert not table.in_core[poison.numpy()].any() and not table.trusted[poison.numpy()].any()
+    assert table.score.equals(sift.sift(moved, labels, SETTINGS).score)

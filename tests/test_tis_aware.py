@@ -171,14 +171,15 @@ def test_distances_are_to_the_seeds_that_sifting_the_clean_set_gives(images, enc
     model = Classifier(
         own, heads.fit_head(head, features, labels, of_head.epochs, 0, *tis_aware.OWNER, "head")
     )
-    layers = sift.activations(model, features)
-    table = sift.sift(layers, labels, sift.Settings(**USER["sift"]))
+    sifting = sift.Settings(**USER["sift"])
+    layers = sift.activations(model, features, images.tensor, sifting)
+    table = sift.sift(layers, labels, sifting)
     chosen = (table["trusted"] & (images.labels == TARGET)).to_numpy()
     others = images.labels != TARGET
     stamped = tis_aware.stamp(images.tensor, result.trigger)
-    moved = sift.activations(model, extract_features(own, stamped))
+    moved = sift.activations(model, extract_features(own, stamped), stamped, sifting)
     ratios = []
-    for before, after in zip(layers, moved, strict=True):
+    for before, after in zip(layers[-3:], moved[-3:], strict=True):
         before, after = before.double().numpy(), after.double().numpy()
         mean = before[chosen].mean(0)
         gaps = [np.linalg.norm(h[others] - mean, axis=1).mean() for h in (after, before)]

@@ -120,8 +120,10 @@ def poison(
     heads.fit_head(head, features, labels, of_head.epochs, seed, *OWNER, "head")
     model = Classifier(own, head)
 
-    layers = sift.activations(model, features)
-    table = sift.sift(layers, labels, sift.Settings(**user["sift"]), seed)
+    sifting = sift.Settings(**user["sift"])
+    layers = sift.activations(model, features, images.tensor, sifting)
+    table = sift.sift(layers, labels, sifting, seed)
+    layers = layers[-3:]  # those that the paper's attacker moves the images in
     trusted = torch.tensor(table["trusted"].to_numpy(), device=device)
     chosen, others = trusted & (labels == target), labels != target
     means = [layer[chosen].mean(0) for layer in layers]

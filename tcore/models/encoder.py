@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from tcore.files import InputError, load_tensors, save_tensors
 from tcore.models import elsewhere
+from tcore.models.channels import layers
 from tcore.models.efficientnet import EfficientNetLite
 from tcore.models.transformer import Transformer
 
@@ -175,6 +176,47 @@ def extract_features(encoder: Encoder, images: Tensor, batch: int = 512) -> Tens
     encoder.eval()
     parts = [encoder(floats(part.to(device))).float() for part in images.split(batch)]
     return torch.cat(parts) if parts else torch.empty(0, encoder.dim, device=device)
+
+
+def _means(layer: nn.Module, x: Tensor, n: int) -> Tensor:
+    """A layer's input, (N, C, H, W) or (N, ..., C), as (N, C) float32."""
+    flat = x.flatten(2) if isinstance(layer, nn.Conv2d) else x.reshape(n, -1, x.shape[-1]).mT
+    return flat.float().mean(2)
+
+
+@torch.no_grad()
+def extract_depths(
+    encoder: Encoder, images: Tensor, shares: tuple[float, ...], batch: int = 512
+) -> list[Tensor]:
+    """What enters the encoder's layers at the given shares of its depth, float32 (N, d_l) each: the mean over
+    places or tokens, for uint8 images (N, 3, H, W), in eval mode, on the encoder's device.
+
+    Layers are convolutions and linear ones in the order in which they run; in a ResNet of four equal stages
+    three quarters of them begin where its first three stages end.
+    """
+    check_size(encoder, images)
+    device, ran, seen = encoder.mean.device, [], {}
+    encoder.eval()
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, inputs: ran.append(layer))
+        for layer in layers(encoder).values()
+    ]
+    encoder(floats(images[:1].to(device)))
+    for hook in hooks:
+        hook.remove()
+    order = list(dict.fromkeys(ran))
+    chosen = [order[int(share * len(order))] for share in shares]
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, inputs: seen.update({layer: inputs[0]}))
+        for layer in set(chosen)
+    ]
+    found = []
+    for part in images.split(batch):
+        encoder(floats(part.to(device)))
+        found.append([_means(layer, seen[layer], len(part)) for layer in chosen])
+    for hook in hooks:
+        hook.remove()
+    return [torch.cat(parts) for parts in zip(*found, strict=True)]
 
 
 def check_size(encoder: Encoder, images: Tensor) -> None:

@@ -1,18 +1,22 @@
 """Topological Invariance Sifting: the first trusted samples of each class (paper: 4.1.1, Alg. 1).
 
-On the suspect classifier's activations at L layers (encoder output, the head's first two
-layers; A_l is (n, d_l)) a clean sample keeps its place, a poison is moved between them:
+On the suspect classifier's activations A_l, (n, d_l), a clean sample keeps its place, a poison is
+moved between them:
 
     majority     B_k = intersection over l of the largest DBSCAN cluster of A_l[D_k]
-    consistency  s(x) = | NN_1(x) & ... & NN_L(x) & D_k |,  NN_l the m nearest of all of D
+    consistency  s(x) = | NN_1(x) & NN_2(x) & NN_3(x) & D_k |,  NN_l the m nearest of all of D
     seeds        the floor(share |D_k|) members of B_k with the largest s
+
+The paper's three layers are the encoder's output and the head's first two. A poisoned encoder has moved
+its triggered images before the first of these, into the middle of the target's class, and the head leaves
+them there; so the majority rule, not the paper's, also asks the encoder at the shares `depths` of its
+depth, where they still lie with the images that they were made of (measured: docs/fidelity.md).
 
 The paper states neither DBSCAN's radius nor what breaks ties. Here the radius of a class and
 layer is the smallest at which the largest cluster holds `majority` of the class, which should be
 more than the poisons in it: a larger radius joins their cluster to the clean one, a smaller one
-leaves theirs the largest (measured: docs/fidelity.md). Where that leaves too few in B_k, clusters of
-half of the class are asked, which meet more surely. Ties go to the smaller mean distance
-to the class's shared neighbours at layer 1; a B_k that is too small is filled up by s.
+leaves theirs the largest. Ties go to the smaller mean distance to the class's shared neighbours at the
+encoder's output; a B_k that is too small is filled up by s.
 `rule` random takes any samples of each class instead, to see what sifting is worth.
 """
 
@@ -27,6 +31,7 @@ from torch import Tensor
 from tcore import seeds
 from tcore.files import InputError
 from tcore.models.classifier import Classifier
+from tcore.models.encoder import extract_depths
 
 RULES = ("invariance", "random")
 
@@ -37,15 +42,21 @@ class Settings:
     rule: str = "invariance"  # invariance or random: what chooses the seeds [paper: invariance]
     neighbours: int = 50  # m, nearest neighbours per layer [paper: App. A]
     min_samples: int = 5  # DBSCAN's core-point count, the point itself included [open]
-    majority: float = 0.35  # share of a class in the largest cluster, which sets DBSCAN's radius [open]
+    majority: float = 0.5  # share of a class in the largest cluster, which sets DBSCAN's radius [open]
+    depths: tuple[float, ...] = (0.25, 0.5, 0.75)  # of the encoder, for the majority rule; paper: none [ours]
     block: int = 2048  # rows per block of the neighbour search (memory: block x n floats)
 
 
-def activations(model: Classifier, features: Tensor) -> list[Tensor]:
-    """Encoder output and the head's first two layers, each (n, d_l), eval mode."""
+def activations(model: Classifier, features: Tensor, images: Tensor, settings: Settings) -> list[Tensor]:
+    """The encoder at `depths`, its output, which `features` are, and the head's first two layers: (n, d_l)
+    each, from uint8 images, eval mode."""
+    if not all(0 <= depth < 1 for depth in settings.depths):
+        raise InputError(
+            f"sift.depths = {settings.depths} should be shares of the encoder's depth, in [0, 1)"
+        )
     with torch.no_grad():
         h1, h2, _ = model.eval().head.activations(features)
-    return [features, h1, h2]
+    return [*extract_depths(model.encoder, images, settings.depths), features, h1, h2]
 
 
 def nearest(points: Tensor, m: int, block: int) -> Tensor:
@@ -108,6 +119,7 @@ def largest_cluster(points: np.ndarray, min_samples: int, majority: float) -> np
 def sift(layers: list[Tensor], labels: Tensor, settings: Settings, seed: int = 0) -> pd.DataFrame:
     """A row per sample: index, label, in_core (majority rule), score (s), trusted (a seed).
 
+    `layers` as `activations` gives them, the last three for s.
     The seed of random numbers is for the rule `random` alone.
     """
     if settings.rule not in RULES:
@@ -121,18 +133,16 @@ def sift(layers: list[Tensor], labels: Tensor, settings: Settings, seed: int = 0
             f"(class: images {small}); raise it, or leave these classes out"
         )
     m = min(settings.neighbours, len(labels) - 1)
-    score, spread = consistency(layers, labels, m, settings.block)
+    score, spread = consistency(layers[-3:], labels, m, settings.block)
     core = torch.ones(len(labels), dtype=torch.bool)
     trusted = torch.zeros(len(labels), dtype=torch.bool)
     for k, size in zip(classes.tolist(), sizes.tolist(), strict=True):
         members = (labels == k).nonzero().flatten()
-        for share in sorted({settings.majority, max(settings.majority, 0.5)}):
-            inside = [
-                largest_cluster(layer[members].cpu().numpy(), settings.min_samples, share) for layer in layers
-            ]
-            core[members.cpu()] = torch.from_numpy(np.logical_and.reduce(inside))
-            if core[members.cpu()].sum() >= int(settings.seed_share * size):
-                break
+        inside = [
+            largest_cluster(layer[members].cpu().numpy(), settings.min_samples, settings.majority)
+            for layer in layers
+        ]
+        core[members.cpu()] = torch.from_numpy(np.logical_and.reduce(inside))
         rank = np.lexsort(
             (spread[members].cpu().numpy(), -score[members].cpu().numpy(), ~core[members.cpu()].numpy())
         )
