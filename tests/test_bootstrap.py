@@ -289,41 +289,56 @@ def test_phase_three_ranks_by_the_loss_before_less_the_loss_after(data, monkeypa
         assert torch.equal(slow[key][~bad], fast[key][~bad]) and (slow[key] != fast[key])[bad].any()
 
 
-def test_the_model_trains_on_crops_and_is_measured_on_whole_images_like_the_copy(data, monkeypatch):
-    crops, seen, crop, fit, losses = [], [], stage.resized_crop, stage.fit, stage.losses
+def test_the_model_trains_on_views_and_is_measured_on_whole_images_like_the_copy(data, monkeypatch):
+    views, seen, fit, losses = [], [], stage.fit, stage.losses
 
-    def cropped(x, views, scale):
-        crops.append(scale)
-        return crop(x, views, scale)
+    def watch(name):
+        real = getattr(stage.augment, name)
+
+        def watching(x, generator, strength):
+            views.append((name, strength))
+            return real(x, generator, strength)
+
+        monkeypatch.setattr(stage.augment, name, watching)
 
     def watched(model, optimizer, rows, images, labels, settings, *more, **named):
-        before = len(crops)
+        before = len(views)
         fit(model, optimizer, rows, images, labels, settings, *more, **named)
         steps = (more[3] if len(more) > 3 else 1) * -(-len(rows) // settings.batch)
-        seen.append((settings.batch == 8, steps, len(crops) - before))
+        seen.append((settings.batch == 8, steps, len(views) - before))
 
     def measured(*args):
-        before = len(crops)
+        before = len(views)
         found = losses(*args)
-        assert len(crops) == before
+        assert len(views) == before
         return found
 
-    monkeypatch.setattr(stage, "resized_crop", cropped)
+    for name in ("resized_crop", "jitter", "blur"):
+        watch(name)
     monkeypatch.setattr(stage, "fit", watched)
     monkeypatch.setattr(stage, "losses", measured)
-    settings = replace(SETTINGS, batch_copy=8, rounds_class=1, rounds_all=0, crop_min=0.5)
+    plain = replace(SETTINGS, batch_copy=8, rounds_class=1, rounds_all=0)
+    settings = replace(plain, crop_min=0.5, jitter=0.3, blur=1.0)
     pool = run(data, settings)[1]
     model, its_copy = ([(steps, n) for small, steps, n in seen if small is kind] for kind in (False, True))
-    assert model and all(n == steps for steps, n in model) and set(crops) == {(0.5, 1.0)}
+    assert model and all(n == 3 * steps for steps, n in model)
+    assert set(views) == {("resized_crop", (0.5, 1.0)), ("jitter", 0.3), ("blur", (0.1, 1.0))}
     assert its_copy and all(steps and not n for steps, n in its_copy)
     assert run(data, settings)[1].equals(pool)
+    for one in ({"crop_min": 0.5}, {"jitter": 0.3}, {"blur": 1.0}, {}):
+        views.clear()
+        run(data, replace(plain, **one))
+        assert len(set(views)) == len(one)
 
-    crops.clear()
-    run(data, replace(settings, crop_min=1.0))
-    assert not crops
-    for wrong in (0.0, 1.5):
-        with pytest.raises(InputError, match=r"bootstrap.crop_min = .* should be a share of the image"):
-            run(data, replace(SETTINGS, crop_min=wrong))
+
+@pytest.mark.parametrize(
+    "wrong", [{"crop_min": 0.0}, {"crop_min": 1.5}, {"jitter": 1.0}, {"jitter": -0.1}, {"blur": 0.05}]
+)
+def test_a_view_that_cannot_be_is_named(data, wrong):
+    with pytest.raises(
+        InputError, match=f"bootstrap.{next(iter(wrong))} = {next(iter(wrong.values()))} should"
+    ):
+        run(data, replace(SETTINGS, **wrong))
 
 
 def test_without_the_copy_phase_three_ranks_by_the_loss_alone(data, monkeypatch):

@@ -10,9 +10,10 @@ trusted channels stay. Training on a pool P of clean samples and growing P take 
 
 Phases come from ASD (Gao et al., CVPR 2023). Not in the paper, hence settings: epochs per
 round (none before the first), optimiser and rate, whether batch norm uses stored
-statistics (`frozen_norm`) or those of the batch, whether the model trains on random crops
-(`crop_min`; it is measured, and the copy trained, on whole images), and a last training on the
-final pool with the rate decaying to 0. Shares are of the rest D \\ P, the literal reading (`of_rest`).
+statistics (`frozen_norm`) or those of the batch, whether the model trains on random views of the
+images (`crop_min`, `jitter`, `blur`; it is measured, and the copy trained, on the images as they are), and
+a last training on the final pool with the rate decaying to 0. Shares are of the rest D \\ P, the literal
+reading (`of_rest`).
 Filters start as He et al. (2015) do, rows of linear layers as PyTorch's, biases at 0. The batch-norm
 entries of untrusted channels are reset (scale 1, shift 0) and trained along, their statistics measured
 anew; layer norm, which has no channels of one layer's own, stays as it is.
@@ -22,8 +23,8 @@ right by chance come first, and one of them in the pool brings the others. Hence
 small batches for the copy, whose rest shrinks to a few hundred samples. Not in the paper either: phases 1
 and 2, which have only the loss to go by, add samples of B_k alone, what passed sifting's majority rule
 (`within_core`); when all of B_k is in, their rounds just train, and phase 3 starts the safer for it.
-Crops can lower what is left of the encoder's trigger; a warm-up and more passes of the copy were of no use
-(measured: docs/fidelity.md).
+Views can lower what is left of a trigger and raise accuracy; a warm-up and more passes of the copy were of
+no use (measured: docs/fidelity.md).
 """
 
 import copy
@@ -44,7 +45,7 @@ from tcore.models import head as heads
 from tcore.models.channels import layers, norms_behind
 from tcore.models.classifier import Classifier, logits
 from tcore.models.encoder import floats
-from tcore.pretraining.augment import resized_crop
+from tcore.pretraining import augment
 from tcore.stages.expand import highest
 
 GUIDANCE = ("meta", "loss")
@@ -59,6 +60,8 @@ class Settings:
     gamma3: float = 0.05  # share of the rest added per round of phase 3 [paper: App. A]
     rho: float = 0.9  # share of D at which the pool is full [paper: App. A]
     crop_min: float = 1.0  # smallest crop that the model trains on, as a share of the image's area [open]
+    jitter: float = 0.0  # strength of the colour jitter of what it trains on, on 0.8 of the images [open]
+    blur: float = 0.0  # largest standard deviation of its blur, in pixels, on half of the images [open]
     epochs: int = 5  # T, passes over the pool per round of phases 1 and 2 [open]
     epochs_meta: int = 1  # passes over the pool per round of phase 3 [open]
     epochs_final: int = 20  # passes over the final pool, rate decaying to 0 [open]
@@ -127,6 +130,17 @@ def trainable(model: Classifier, untrusted: dict[str, Tensor], norm_too: bool = 
     return parameters
 
 
+def view(images: Tensor, generator: torch.Generator, settings: Settings) -> Tensor:
+    """A random view of every float image (N, 3, H, W), as the settings want it."""
+    if settings.crop_min < 1:
+        images = augment.resized_crop(images, generator, (settings.crop_min, 1.0))
+    if settings.jitter:
+        images = augment.jitter(images, generator, settings.jitter)
+    if settings.blur:
+        images = augment.blur(images, generator, (0.1, settings.blur))
+    return images
+
+
 def fit(
     model: Classifier,
     optimizer: torch.optim.Optimizer,
@@ -140,7 +154,7 @@ def fit(
     epochs: int = 1,
     rate: Callable[[float], float] | None = None,
 ) -> None:
-    """Cross-entropy on random crops of the given rows of D, in place; `rate` maps progress in [0, 1] to a
+    """Cross-entropy on random views of the given rows of D, in place; `rate` maps progress in [0, 1] to a
     factor of lr, `order` is of the CPU and `views` of the images' device."""
     model.train()
     if frozen_norm:
@@ -152,9 +166,7 @@ def fit(
                 for group in optimizer.param_groups:
                     group["lr"] = settings.lr * rate(step / total)
             batch = rows[picked]
-            x = floats(images[batch])
-            if settings.crop_min < 1:
-                x = resized_crop(x, views, (settings.crop_min, 1.0))
+            x = view(floats(images[batch]), views, settings)
             with autocast(labels.device):
                 out = model(x)
             loss = F.cross_entropy(out.float(), labels[batch])
@@ -212,10 +224,13 @@ def bootstrap(
     encoder = copy.deepcopy(encoder).to(memory_format=torch.channels_last)
     if settings.guidance not in GUIDANCE:
         raise InputError(f"bootstrap.guidance = {settings.guidance!r} should be one of {GUIDANCE}")
-    if not 0 < settings.crop_min <= 1:
-        raise InputError(
-            f"bootstrap.crop_min = {settings.crop_min} should be a share of the image, in (0, 1]"
-        )
+    for name, right, what in (
+        ("crop_min", 0 < settings.crop_min <= 1, "a share of the image, in (0, 1]"),
+        ("jitter", 0 <= settings.jitter < 1, "in [0, 1)"),
+        ("blur", settings.blur == 0 or settings.blur >= 0.1, "0 (none) or at least 0.1 pixels"),
+    ):
+        if not right:
+            raise InputError(f"bootstrap.{name} = {getattr(settings, name)} should be {what}")
     restart(encoder, untrusted, seed, settings.restart_norm)
     measure_norms(encoder, images[subset], untrusted, settings.batch)
     fresh_head = heads.new_head(encoder.dim, classes, head, seed, "bootstrap", "head")
@@ -224,7 +239,8 @@ def bootstrap(
     order = seeds.generator(seed, "bootstrap", "order")
     views = seeds.generator(seed, "bootstrap", "views", device=device.type)
     data = (images, labels, settings, order, views)
-    for_copy = (images, labels, replace(settings, batch=settings.batch_copy, crop_min=1.0), order, views)
+    whole = replace(settings, batch=settings.batch_copy, crop_min=1.0, jitter=0.0, blur=0.0)
+    for_copy = (images, labels, whole, order, views)
     gamma = {1: settings.gamma1, 2: settings.gamma2, 3: settings.gamma3}
     pool = subset.clone()
     joined, phases = torch.where(subset, 0, -1), torch.zeros(n, dtype=torch.long, device=device)
