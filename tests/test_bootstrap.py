@@ -15,6 +15,7 @@ from tcore.models import head as heads
 from tcore.models.channels import layers, norms_behind
 from tcore.models.classifier import Classifier
 from tcore.models.encoder import Encoder
+from tcore.pretraining import augment
 from tcore.stages import bootstrap as stage
 
 HEAD = heads.Settings(hidden=(32, 16), dropout=0.1)
@@ -339,6 +340,39 @@ def test_a_view_that_cannot_be_is_named(data, wrong):
         InputError, match=f"bootstrap.{next(iter(wrong))} = {next(iter(wrong.values()))} should"
     ):
         run(data, replace(SETTINGS, **wrong))
+
+
+def test_phase_three_wants_both_ranks_small(data, monkeypatch):
+    """d and the loss on views are planted; who joins first has the smallest sum of its two places."""
+    d, on_views = (torch.randn(120, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    subset = data[2]
+    monkeypatch.setattr(stage, "losses", lambda model, images, labels, rows: d[rows])
+    monkeypatch.setattr(stage, "losses_on_views", lambda model, images, labels, rows, *more: on_views[rows])
+    settings = replace(
+        SETTINGS, rounds_class=0, rounds_all=0, rho=0.3, epochs_final=0, guidance="loss", views=2
+    )
+    _, pool, _ = run(data, settings)
+    rest = np.flatnonzero(~subset.numpy())
+    places = sum(np.argsort(np.argsort(score.numpy()[rest])) for score in (d, on_views))
+    joined = np.isin(rest, np.flatnonzero(pool["round"] == 1))
+    assert joined.sum() == 25 and places[joined].max() <= places[~joined].min()
+
+
+@pytest.mark.parametrize("views", [1, 3])
+def test_losses_on_views_are_the_mean_over_the_views_that_the_generator_gives(data, views):
+    images, labels = data[0], data[1]
+    toy = encoder()
+    model = Classifier(toy, heads.new_head(toy.dim, 3, HEAD, 0)).eval()
+    settings = replace(SETTINGS, views=views, crop_min=0.5, jitter=0.4)
+    rows = torch.tensor([3, 40, 7])
+    found = stage.losses_on_views(model, images, labels, rows, settings, torch.Generator().manual_seed(5))
+    stream, expected = torch.Generator().manual_seed(5), np.zeros(3)
+    for _ in range(views):
+        x = augment.resized_crop(images[rows].float() / 255, stream, (0.5, 1.0))
+        with torch.no_grad():
+            out = model(augment.jitter(x, stream, 0.4)).double().numpy()
+        expected += np.log(np.exp(out).sum(1)) - out[np.arange(3), labels[rows].numpy()]
+    np.testing.assert_allclose(found.numpy(), expected / views, rtol=1e-4)
 
 
 def test_without_the_copy_phase_three_ranks_by_the_loss_alone(data, monkeypatch):

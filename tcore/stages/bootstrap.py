@@ -22,8 +22,10 @@ On small sets a round has few steps, and both models are noise where they decide
 right by chance come first, and one of them in the pool brings the others. Hence stored statistics and
 small batches for the copy, whose rest shrinks to a few hundred samples. Not in the paper either: phases 1
 and 2, which have only the loss to go by, add samples of B_k alone, what passed sifting's majority rule
-(`within_core`); when all of B_k is in, their rounds just train, and phase 3 starts the safer for it.
-Views can lower what is left of a trigger and raise accuracy; a warm-up and more passes of the copy were of
+(`within_core`); when all of B_k is in, their rounds just train, and phase 3 starts the safer for it. With
+`views` phase 3 adds the smallest sums of two places, by d and by the mean CE of that many random views: what
+the copy is slow to learn may also be what no model has right, noise, say, that covers a whole image.
+Training on views can lower what is left of a trigger and raise accuracy; a warm-up and more passes of the copy were of
 no use (measured: docs/fidelity.md).
 """
 
@@ -72,6 +74,7 @@ class Settings:
     restart_norm: bool = True  # batch-norm entries of untrusted channels start anew and train [open]
     of_rest: bool = True  # gammas are shares of what is outside the pool; false: of D or of its class [open]
     within_core: bool = True  # phases 1 and 2 add only samples of sifting's core [ours]
+    views: int = 0  # of each sample, on which phase 3 wants its CE small as well; 0: not asked [ours]
     guidance: str = "meta"  # of phase 3; loss: that of phase 2, to see what the copy is worth [paper: meta]
 
 
@@ -182,6 +185,33 @@ def losses(model: Classifier, images: Tensor, labels: Tensor, rows: Tensor) -> T
     return F.cross_entropy(found, labels[rows], reduction="none")
 
 
+@torch.no_grad()
+def losses_on_views(
+    model: Classifier,
+    images: Tensor,
+    labels: Tensor,
+    rows: Tensor,
+    settings: Settings,
+    generator: torch.Generator,
+) -> Tensor:
+    """The mean CE of `views` random views of each of the given rows, eval mode, float32; by blocks."""
+    model.eval()
+    found = []
+    for part in rows.split(512):
+        x, total = floats(images[part]), torch.zeros(len(part), device=labels.device)
+        for _ in range(settings.views):
+            with autocast(labels.device):
+                out = model(view(x, generator, settings))
+            total += F.cross_entropy(out.float(), labels[part], reduction="none")
+        found.append(total / settings.views)
+    return torch.cat(found)
+
+
+def ranks(score: Tensor) -> Tensor:
+    """0 for the smallest of (n,), n - 1 for the largest; of equals the first is the smaller."""
+    return score.argsort(stable=True).argsort().float()
+
+
 def best(
     score: Tensor,
     labels: Tensor,
@@ -265,6 +295,9 @@ def bootstrap(
                 own = trainable(fast, untrusted, settings.restart_norm)
                 fit(fast, torch.optim.Adam(own, settings.lr), rest, *for_copy, frozen_norm=True)
                 score[rest] -= losses(fast, images, labels, rest)
+            if phase == 3 and settings.views:
+                on_views = losses_on_views(model, images, labels, rest, settings, views)
+                score[rest] = ranks(score[rest]) + ranks(on_views)
             allowed = core if settings.within_core and phase < 3 else None
             add = best(score, labels, pool, gamma[phase], phase == 1, settings.of_rest, allowed)
             pool[add], joined[add], phases[add] = True, rounds, phase
