@@ -25,8 +25,8 @@ and 2, which have only the loss to go by, add samples of B_k alone, what passed 
 (`within_core`); when all of B_k is in, their rounds just train, and phase 3 starts the safer for it. With
 `views` phase 3 adds the smallest sums of two places, by d and by the mean CE of that many random views: what
 the copy is slow to learn may also be what no model has right, noise, say, that covers a whole image.
-Training on views can lower what is left of a trigger and raise accuracy; a warm-up and more passes of the copy were of
-no use (measured: docs/fidelity.md).
+Training on views raises accuracy; a warm-up and more passes of the copy were of no use (measured:
+docs/fidelity.md).
 """
 
 import copy
