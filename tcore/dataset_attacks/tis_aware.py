@@ -3,7 +3,8 @@
 T-Core's own adaptive attack (Zhang et al., IEEE S&P 2025, 5.6.1 and table 12), white-box on Topological
 Invariance Sifting: the attacker has the user's encoder and the clean downstream set, trains a head as the
 user does, sifts the clean set and gets the target class's seeds S_t. With h_1, h_2, h_3 the encoder's output
-and the head's first two layers, where TIS looks, and D' the images of other classes, one perturbation
+and the head's first two layers, where the paper's TIS looks, and D' the images of other classes, one
+perturbation
 
     delta = argmin_{|delta|_inf <= eps}  mean_{x in D'} mean_l |h_l(x + delta) - mu_l| / s_l
     mu_l  = mean_{x in S_t} h_l(x),      s_l = mean_{x in D'} |h_l(x) - mu_l|,      |.| Euclidean
