@@ -99,7 +99,8 @@ def test_the_papers_17_pairs_with_the_published_settings():
         "badencoder": 6, "drupe": 6, "ctrl": 3, "sslbackdoor": 1, "corruptencoder": 1
     }  # fmt: skip
     assert len(found.drop_duplicates(["pretrain", "downstream", "encoder_attack"])) == 17
-    ours = {"sslbackdoor": ["source"], "head": ["hidden"]}  # and a list where Settings has a tuple
+    # and lists where Settings has a tuple
+    ours = {"sslbackdoor": ["source"], "head": ["hidden"], "sift": ["depths"]}
     for method, values in experiment["methods"].items():
         defaults = resolve(method)
         differs = [key for key in values if values[key] != defaults[key] and key not in ours.get(method, [])]

@@ -15,8 +15,9 @@ depth, where they still lie with the images that they were made of (measured: do
 The paper states neither DBSCAN's radius nor what breaks ties. Here the radius of a class and
 layer is the smallest at which the largest cluster holds `majority` of the class, which should be
 more than the poisons in it: a larger radius joins their cluster to the clean one, a smaller one
-leaves theirs the largest. Ties go to the smaller mean distance to the class's shared neighbours at the
-encoder's output; a B_k that is too small is filled up by s.
+leaves theirs the largest. Where less than half of a class leaves too few in B_k, clusters of half of it
+are asked, which meet more surely. Ties go to the smaller mean distance to the class's shared neighbours
+at the encoder's output; a B_k that is too small is filled up by s.
 `rule` random takes any samples of each class instead, to see what sifting is worth.
 """
 
@@ -138,11 +139,13 @@ def sift(layers: list[Tensor], labels: Tensor, settings: Settings, seed: int = 0
     trusted = torch.zeros(len(labels), dtype=torch.bool)
     for k, size in zip(classes.tolist(), sizes.tolist(), strict=True):
         members = (labels == k).nonzero().flatten()
-        inside = [
-            largest_cluster(layer[members].cpu().numpy(), settings.min_samples, settings.majority)
-            for layer in layers
-        ]
-        core[members.cpu()] = torch.from_numpy(np.logical_and.reduce(inside))
+        for share in sorted({settings.majority, max(settings.majority, 0.5)}):
+            inside = [
+                largest_cluster(layer[members].cpu().numpy(), settings.min_samples, share) for layer in layers
+            ]
+            core[members.cpu()] = torch.from_numpy(np.logical_and.reduce(inside))
+            if core[members.cpu()].sum() >= int(settings.seed_share * size):
+                break
         rank = np.lexsort(
             (spread[members].cpu().numpy(), -score[members].cpu().numpy(), ~core[members.cpu()].numpy())
         )
