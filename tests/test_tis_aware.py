@@ -252,5 +252,5 @@ def test_command(images, encoder, result, tmp_path, monkeypatch):
     assert np.array_equal(read_images(tmp_path / "train").pixels, result.images.pixels)
     assert load_table(tmp_path / "truth").equals(result.truth)
     record = load_json(tmp_path / "record")
-    assert record["settings"]["eps"] == 6 and record["settings"]["user"]["sift"] == USER["sift"]
+    assert record["settings"]["eps"] == 6 and record["settings"]["user"] == json.loads(json.dumps(USER))
     assert record["log"] == {"target": TARGET, "poisons": 7, "covers": 0, **result.log}
