@@ -333,12 +333,12 @@ def test_the_model_trains_on_views_and_is_measured_on_whole_images_like_the_copy
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"crop_min": 0.0}, {"crop_min": 1.5}, {"jitter": 1.0}, {"jitter": -0.1}, {"blur": 0.05}]
+    "wrong",
+    [{"crop_min": 0.0}, {"crop_min": 1.5}, {"jitter": 1.0}, {"jitter": -0.1}, {"blur": 0.05}, {"views": -1}],
 )
 def test_a_view_that_cannot_be_is_named(data, wrong):
-    with pytest.raises(
-        InputError, match=f"bootstrap.{next(iter(wrong))} = {next(iter(wrong.values()))} should"
-    ):
+    ((name, value),) = wrong.items()
+    with pytest.raises(InputError, match=f"bootstrap.{name} = {value} should"):
         run(data, replace(SETTINGS, **wrong))
 
 

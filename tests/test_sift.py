@@ -228,11 +228,9 @@ def test_activations_are_the_encoders_depths_the_features_and_two_hidden_layers_
     for layer, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(layer, wanted)
         assert not layer.requires_grad
-    assert [len(z[0]) for z in sift.activations(model, x, images, replace(SETTINGS, depths=()))] == [
-        128,
-        12,
-        8,
-    ]
+    encoder.register_forward_hook(lambda *_: pytest.fail("the paper's layers need no pass over the images"))
+    paper = replace(SETTINGS, depths=())
+    assert [layer.shape[1] for layer in sift.activations(model, x, images, paper)] == [128, 12, 8]
     with pytest.raises(InputError, match=r"sift.depths = \(1.0,\) should be shares"):
         sift.activations(model, x, images, replace(SETTINGS, depths=(1.0,)))
 

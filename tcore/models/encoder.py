@@ -195,6 +195,8 @@ def extract_depths(
     three quarters of them begin where its first three stages end.
     """
     check_size(encoder, images)
+    if not shares:
+        return []
     device, ran, seen = encoder.mean.device, [], {}
     encoder.eval()
     hooks = [
@@ -205,6 +207,11 @@ def extract_depths(
     for hook in hooks:
         hook.remove()
     order = list(dict.fromkeys(ran))
+    if not order:
+        raise InputError(
+            f"{encoder.architecture}: no convolution or linear layer is called in it, so it has no depths to "
+            "look at; set sift.depths to []"
+        )
     chosen = [order[int(share * len(order))] for share in shares]
     hooks = [
         layer.register_forward_pre_hook(lambda layer, inputs: seen.update({layer: inputs[0]}))

@@ -25,8 +25,8 @@ and 2, which have only the loss to go by, add samples of B_k alone, what passed 
 (`within_core`); when all of B_k is in, their rounds just train, and phase 3 starts the safer for it. With
 `views` phase 3 adds the smallest sums of two places, by d and by the mean CE of that many random views: what
 the copy is slow to learn may also be what no model has right, noise, say, that covers a whole image.
-Training on views raises accuracy; a warm-up and more passes of the copy were of no use (measured:
-docs/fidelity.md).
+Crops can lower what is left of the encoder's trigger; colours and blur kept the data set's out and not
+the encoder's; a warm-up and more passes of the copy were of no use (measured: docs/fidelity.md).
 """
 
 import copy
@@ -258,6 +258,7 @@ def bootstrap(
         ("crop_min", 0 < settings.crop_min <= 1, "a share of the image, in (0, 1]"),
         ("jitter", 0 <= settings.jitter < 1, "in [0, 1)"),
         ("blur", settings.blur == 0 or settings.blur >= 0.1, "0 (none) or at least 0.1 pixels"),
+        ("views", settings.views >= 0, "0 (none) or more"),
     ):
         if not right:
             raise InputError(f"bootstrap.{name} = {getattr(settings, name)} should be {what}")
