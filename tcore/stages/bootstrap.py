@@ -26,7 +26,7 @@ and 2, which have only the loss to go by, add samples of B_k alone, what passed 
 `views` phase 3 adds the smallest sums of two places, by d and by the mean CE of that many random views: what
 the copy is slow to learn may also be what no model has right, noise, say, that covers a whole image.
 Crops can lower what is left of the encoder's trigger; colours and blur kept the data set's out and not
-the encoder's; a warm-up and more passes of the copy were of no use (measured: docs/fidelity.md).
+the encoder's; a warm-up and more passes of the copy were of no use (measured: docs/readings.md).
 """
 
 import copy
