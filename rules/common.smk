@@ -207,13 +207,6 @@ def attacks_on(weights):
 # What comes from outside
 
 
-@signed
-def checked(wildcards):
-    """What has to be looked at before anything that takes long is done with files from outside."""
-    outside = wildcards.encoder_attack == grid.RECEIVED
-    return f"data/defended/{CELL}/check_received.run.json".format(**wildcards) if outside else []
-
-
 def of_encoder(key):
     """An entry of the encoder from outside that the wildcard names."""
 

@@ -40,6 +40,8 @@ rule check_received:
         record="data/defended/{pretrain}-received/{downstream}-received/{seed}/check_received.run.json",
     log:
         "<logs>/check_received/{pretrain}/{downstream}/{seed}.log",
+    # First by this and not as an input: it reads all settings, and one that changes makes no earlier stage stale.
+    priority: 100
     resources:
         gpu=1,
     params:

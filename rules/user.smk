@@ -5,7 +5,6 @@ rule extract_features:
     input:
         encoder="data/encoders/{pretrain}-{encoder_attack}/{downstream}/{seed}/encoder.safetensors",
         images=received("train.parquet"),
-        checked=checked,
     output:
         features="data/defended/<cell>/features.safetensors",
         record="data/defended/<cell>/extract_features.run.json",

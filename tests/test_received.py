@@ -168,6 +168,15 @@ def test_nothing_on_this_path_asks_for_a_truth_and_no_stage_for_held_out_images(
     assert f"--checkpoint '{folder}/encoder.pth'" in text
 
 
+def test_a_setting_that_changes_makes_no_stage_stale_by_way_of_the_check(planned):
+    plan, _, _ = planned
+    graph = plan("--dag").stdout
+    rules = dict(re.findall(r'(\d+)\[label = "(\w+)', graph))
+    edges = {(rules[a], rules[b]) for a, b in re.findall(r"(\d+) -> (\d+)", graph)}
+    assert {to for of, to in edges if of == "check_received"} == {"audit"}
+    assert ("extract_features", "sift") in edges
+
+
 def test_a_missing_file_stops_the_plan_with_a_short_message(planned):
     plan, _, folder = planned
     (folder / "encoder.pth").unlink()
