@@ -197,6 +197,14 @@ def indicators(
         "T-Core costs accuracy; or the held-out images are poisoned too, see the pictures.",
     )
     say(
+        "Images in the pool, against that accuracy",
+        f"{100 * (1 - out):.1f} %",
+        1 - out > after.high,
+        "No more than the clean model has right of images that it has not seen.",
+        "More than the clean model has right of images that it has not seen: the last to join were hard for "
+        "it, and poisons may be among them. A smaller bootstrap.rho leaves more out.",
+    )
+    say(
         "Held-out images that are training images too",
         f"{tests['known']} of {tests['images']}",
         tests["known"],

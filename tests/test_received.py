@@ -342,20 +342,31 @@ def test_the_class_that_loses_most_stands_out():
     assert audit.classes(images, table)["stands_out"].tolist() == [False, True]
 
 
-@pytest.mark.parametrize(("left", "care"), [([0.9, 0.2], True), ([0.1, 0.2], False), ([], None)])
-def test_what_confusion_left_is_judged_where_there_was_confusion(left, care):
-    per_class = pd.DataFrame({"name": ["a", "b"], "seeds": 9, "subset": 10, "images": 50, "left_out": 1})
-    accuracy = metrics.accuracy(np.zeros(4), np.zeros(4))
+def judged(left_out: int = 1, right: int = 1000, trusted: tuple[float, ...] = ()) -> dict[str, bool]:
+    """What calls for care; `left_out` of 50 images of either class, `right` of 1,000 held-out images."""
+    per_class = pd.DataFrame(
+        {"name": ["a", "b"], "seeds": 9, "subset": 10, "images": 50, "left_out": left_out}
+    )
+    accuracy = metrics.accuracy(np.arange(1000) >= right, np.zeros(1000))
     said = audit.indicators(
         per_class.assign(excess=1.0, stands_out=False),
-        {"accuracies": {"none": accuracy, "tcore": accuracy}, "known": 0, "images": 4},
-        {"trusted_accuracy": left},
+        {"accuracies": {"none": accuracy, "tcore": accuracy}, "known": 0, "images": 1000},
+        {"trusted_accuracy": list(trusted)},
         {"unlearning_accuracy": [0.1], "recovery_accuracy": [0.9]},
         tables(100, {3})["pool"],
         {"duplicates": 0, "contradictions": 0},
     )
-    found = [one["care"] for one in said if "confusion" in one["name"]]
-    assert found == ([] if care is None else [care])
+    return {one["name"]: one["care"] for one in said}
+
+
+@pytest.mark.parametrize(("left", "care"), [((0.9, 0.2), [True]), ((0.1, 0.2), [False]), ((), [])])
+def test_what_confusion_left_is_judged_where_there_was_confusion(left, care):
+    assert [found for name, found in judged(trusted=left).items() if "confusion" in name] == care
+
+
+@pytest.mark.parametrize(("left_out", "right", "care"), [(10, 540, True), (10, 800, False), (25, 540, False)])
+def test_a_pool_larger_than_what_the_model_gets_right_calls_for_care(left_out, right, care):
+    assert judged(left_out, right)["Images in the pool, against that accuracy"] == care
 
 
 def test_held_out_images_that_were_trained_on_do_not_count():
