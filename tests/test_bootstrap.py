@@ -270,27 +270,6 @@ def test_of_equally_wrong_samples_the_slow_to_learn_are_let_in_first():
     assert joined.sum() == 30 and (joined & fast.numpy()).sum() <= 7  # by chance 15
 
 
-def sce(label: int, probabilities) -> float:
-    """The symmetric CE of ASD's code, summed over the classes: 0.1 CE plus CE with the roles exchanged."""
-    one_hot = np.clip(np.eye(len(probabilities))[label], 1e-4, 1)
-    return 0.1 * -np.log(probabilities[label]) - float((probabilities * np.log(one_hot)).sum())
-
-
-def test_meta_score_by_hand():
-    before, after = (
-        np.array([[0.7, 0.2, 0.1], [1e-3, 0.9, 0.099]]),
-        np.array([[0.2, 0.5, 0.3], [1e-5, 0.5, 0.49999]]),
-    )
-    ce, of_copy = (torch.from_numpy(-np.log(p[:, 0])) for p in (before, after))
-    expected = [sce(0, p) - sce(0, q) for p, q in zip(before, after, strict=True)]
-    assert stage.meta_score(ce, of_copy, "sce", False).tolist() == pytest.approx(expected)
-    # By CE the second comes first, which the copy finds impossible and the model nearly so.
-    assert expected[0] < expected[1] and ce[0] - of_copy[0] > ce[1] - of_copy[1]
-    assert stage.meta_score(ce, of_copy, "ce", False).tolist() == pytest.approx([np.log(2 / 7), np.log(1e-2)])
-    steady = [-np.log(0.7) + np.log(3.5), -np.log(1e-3) + np.log(100)]
-    assert stage.meta_score(ce, of_copy, "ce", True).tolist() == pytest.approx(steady)
-
-
 @pytest.mark.parametrize(("steady", "score"), [(0.0, lambda a, b: a - b), (0.2, lambda a, b: a + abs(a - b))])
 def test_phase_three_ranks_what_the_pool_lacks_by_model_and_copy(data, monkeypatch, steady, score):
     subset = data[2]
@@ -302,9 +281,7 @@ def test_phase_three_ranks_what_the_pool_lacks_by_model_and_copy(data, monkeypat
         return (before, after)[len(models) - 1][rows]
 
     monkeypatch.setattr(stage, "losses", planted)
-    settings = replace(
-        SETTINGS, rounds_class=0, rounds_all=0, rho=0.3, epochs_final=0, measure="ce", steady=steady
-    )
+    settings = replace(SETTINGS, rounds_class=0, rounds_all=0, rho=0.3, epochs_final=0, steady=steady)
     _, pool, _ = run(data, settings)
     rest = np.flatnonzero(~subset.numpy())
     order = rest[np.argsort(score(before, after).numpy()[rest])]
@@ -313,13 +290,6 @@ def test_phase_three_ranks_what_the_pool_lacks_by_model_and_copy(data, monkeypat
     for name, bad in UNTRUSTED.items():  # the copy was trained, and like the model on what is its to train
         key = f"encoder.{name}.weight"
         assert torch.equal(slow[key][~bad], fast[key][~bad]) and (slow[key] != fast[key])[bad].any()
-
-
-def test_phase_three_takes_what_is_steady_up_to_that_share_alone(data, monkeypatch):
-    asked, real = [], stage.meta_score
-    monkeypatch.setattr(stage, "meta_score", lambda *a: asked.append((a[2], a[3])) or real(*a))
-    _, _, log = run(data, replace(SETTINGS, rounds_class=0, rounds_all=0, steady=0.5, rho=0.8))
-    assert asked == [("sce", pool < 60) for pool in log["pool"][:-1]] and len(set(asked)) == 2
 
 
 def test_the_model_trains_on_views_and_is_measured_on_whole_images_like_the_copy(data, monkeypatch):

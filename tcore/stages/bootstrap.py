@@ -6,15 +6,14 @@ trusted channels stay. Training on a pool P of clean samples and growing P take 
     1  `rounds_class` times: add, from each class, the gamma1 of D \\ P with the smallest CE
     2  `rounds_all` times:   add the gamma2 of D \\ P with the smallest CE over all classes
     3  until |P| / n >= rho: train a copy for one epoch on D \\ P and add the gamma3 with the
-       smallest d(x) = L(x; model) - L(x; copy): what the copy is slow to learn is clean
+       smallest d(x) = CE(x; model) - CE(x; copy): what the copy is slow to learn is clean
 
 Phases come from ASD (Gao et al., CVPR 2023). Not in the paper, hence settings: epochs per
 round (none before the first), optimiser and rate, whether batch norm uses stored
 statistics (`frozen_norm`) or those of the batch, whether the model trains on random views of the
 images (`crop_min`, `jitter`, `blur`; it is measured, and the copy trained, on the images as they are), and
 a last training on the final pool with the rate decaying to 0. Shares are of the rest D \\ P, the literal
-reading (`of_rest`). L is the symmetric CE by which ASD's code splits, 0.1 CE + 9.21 (1 - p), p the label's
-probability (`measure`; the paper writes CE, whose differences are noise where it is large, as for poisons).
+reading (`of_rest`).
 Filters start as He et al. (2015) do, rows of linear layers as PyTorch's, biases at 0. The batch-norm
 entries of untrusted channels are reset (scale 1, shift 0) and trained along, their statistics measured
 anew; layer norm, which has no channels of one layer's own, stays as it is.
@@ -24,9 +23,9 @@ right by chance come first, and one of them in the pool brings the others. Hence
 small batches for the copy, whose rest shrinks to a few hundred samples. Not in the paper either: phases 1
 and 2, which have only the loss to go by, add samples of B_k alone, what passed sifting's majority rule
 (`within_core`); when all of B_k is in, their rounds just train, and phase 3 starts the safer for it. Of
-poisons that a weak model takes for the target by chance the copy, which has seen more images, often knows
-better: it "unlearns" them. So phase 3 begins, until |P| / n >= `steady`, with the smallest CE + |CE - CE of
-the copy|: what both have right. With
+poisons that a weak model takes for the target by chance the copy, which has seen more images, corrects those
+whose trigger it has not learnt yet, and their d is smallest: with `steady` phase 3 begins, until |P| / n
+reaches it, with the smallest CE + |CE - CE of the copy|, what both have right. With
 `views` phase 3 adds the smallest sums of two places, by d and by the mean CE of that many random views: what
 the copy is slow to learn may also be what no model has right, noise, say, that covers a whole image.
 Crops can lower what is left of the encoder's trigger; colours and blur kept the data set's out and not
@@ -54,7 +53,7 @@ from tcore.models.encoder import floats
 from tcore.pretraining import augment
 from tcore.stages.expand import highest
 
-CHOICES = {"guidance": ("meta", "loss"), "measure": ("sce", "ce")}
+GUIDANCE = ("meta", "loss")
 
 
 @dataclass(frozen=True)
@@ -79,8 +78,7 @@ class Settings:
     of_rest: bool = True  # gammas are shares of what is outside the pool; false: of D or of its class [open]
     within_core: bool = True  # phases 1 and 2 add only samples of sifting's core [ours]
     views: int = 0  # of each sample, on which phase 3 wants its CE small as well; 0: not asked [ours]
-    steady: float = 0.5  # share of D up to which phase 3 adds what model and copy both have right [ours]
-    measure: str = "sce"  # L, whose difference guides phase 3 from there: sce or ce [ASD's code; paper: ce]
+    steady: float = 0.0  # share of D up to which phase 3 adds what model and copy both have right [ours]
     guidance: str = "meta"  # of phase 3; loss: that of phase 2, to see what the copy is worth [paper: meta]
 
 
@@ -213,17 +211,6 @@ def losses_on_views(
     return torch.cat(found)
 
 
-def meta_score(ce: Tensor, of_copy: Tensor, measure: str, steady: bool) -> Tensor:
-    """What phase 3 adds the smallest of, (m,), from the CE of the model and of its copy, (m,) each."""
-    if steady:
-        return ce + (ce - of_copy).abs()
-    if measure == "ce":
-        return ce - of_copy
-    # The reverse CE is that of the label's one-hot vector, clipped at 1e-4, under the prediction.
-    before, after = (0.1 * x - math.log(1e-4) * (1 - torch.exp(-x)) for x in (ce, of_copy))
-    return before - after
-
-
 def ranks(score: Tensor) -> Tensor:
     """0 for the smallest of (n,), n - 1 for the largest; of equals the first is the smaller."""
     return score.argsort(stable=True).argsort().float()
@@ -269,12 +256,12 @@ def bootstrap(
     """
     n, device = len(labels), labels.device
     encoder = copy.deepcopy(encoder).to(memory_format=torch.channels_last)
-    for name, choices in CHOICES.items():
-        if getattr(settings, name) not in choices:
-            raise InputError(f"bootstrap.{name} = {getattr(settings, name)!r} should be one of {choices}")
+    if settings.guidance not in GUIDANCE:
+        raise InputError(f"bootstrap.guidance = {settings.guidance!r} should be one of {GUIDANCE}")
     for name, right, what in (
         ("crop_min", 0 < settings.crop_min <= 1, "a share of the image, in (0, 1]"),
         ("jitter", 0 <= settings.jitter < 1, "in [0, 1)"),
+        ("steady", 0 <= settings.steady <= 1, "a share of the images, in [0, 1]"),
         ("blur", settings.blur == 0 or settings.blur >= 0.1, "0 (none) or at least 0.1 pixels"),
         ("views", settings.views >= 0, "0 (none) or more"),
     ):
@@ -313,10 +300,9 @@ def bootstrap(
                 fast = copy.deepcopy(model)
                 own = trainable(fast, untrusted, settings.restart_norm)
                 fit(fast, torch.optim.Adam(own, settings.lr), rest, *for_copy, frozen_norm=True)
+                gain = score[rest] - losses(fast, images, labels, rest)
                 steady = int(pool.sum()) < settings.steady * n
-                score[rest] = meta_score(
-                    score[rest], losses(fast, images, labels, rest), settings.measure, steady
-                )
+                score[rest] = score[rest] + gain.abs() if steady else gain
             if phase == 3 and settings.views:
                 on_views = losses_on_views(model, images, labels, rest, settings, views)
                 score[rest] = ranks(score[rest]) + ranks(on_views)
