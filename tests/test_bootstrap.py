@@ -278,15 +278,18 @@ def test_phase_three_ranks_what_the_pool_lacks_by_model_and_copy(data, monkeypat
 
     def planted(model, images, labels, rows):
         models.append(copy.deepcopy(model.state_dict()))
-        return (before, after)[len(models) - 1][rows]
+        return (before, after)[(len(models) - 1) % 2][rows]
 
     monkeypatch.setattr(stage, "losses", planted)
-    settings = replace(SETTINGS, rounds_class=0, rounds_all=0, rho=0.3, epochs_final=0, steady=steady)
+    settings = replace(SETTINGS, rounds_class=0, rounds_all=0, rho=0.5, epochs_final=0, steady=steady)
     _, pool, _ = run(data, settings)
     rest = np.flatnonzero(~subset.numpy())
     order = rest[np.argsort(score(before, after).numpy()[rest])]
     assert set(np.flatnonzero(pool["round"] == 1)) == set(order[:25])  # a quarter of 100
-    slow, fast = models
+    rest = order[25:]
+    order = rest[np.argsort((before - after).numpy()[rest])]  # by now the pool is larger than `steady`
+    assert set(np.flatnonzero(pool["round"] == 2)) == set(order[:19])  # a quarter of 75
+    slow, fast = models[:2]
     for name, bad in UNTRUSTED.items():  # the copy was trained, and like the model on what is its to train
         key = f"encoder.{name}.weight"
         assert torch.equal(slow[key][~bad], fast[key][~bad]) and (slow[key] != fast[key])[bad].any()

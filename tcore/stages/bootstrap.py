@@ -23,11 +23,11 @@ right by chance come first, and one of them in the pool brings the others. Hence
 small batches for the copy, whose rest shrinks to a few hundred samples. Not in the paper either: phases 1
 and 2, which have only the loss to go by, add samples of B_k alone, what passed sifting's majority rule
 (`within_core`); when all of B_k is in, their rounds just train, and phase 3 starts the safer for it. Of
-poisons that a weak model takes for the target by chance the copy, which has seen more images, corrects those
-whose trigger it has not learnt yet, and their d is smallest: with `steady` phase 3 begins, until |P| / n
-reaches it, with the smallest CE + |CE - CE of the copy|, what both have right. With
-`views` phase 3 adds the smallest sums of two places, by d and by the mean CE of that many random views: what
-the copy is slow to learn may also be what no model has right, noise, say, that covers a whole image.
+poisons that a weak model takes for the target by chance the copy, which has seen more images, may correct
+those whose trigger it has not learnt yet, and their d is smallest: with `steady` phase 3 begins, until
+|P| / n reaches it, with the smallest CE + |CE - CE of the copy|, what both have right. With `views` phase 3
+adds the smallest sums of two places, by d and by the mean CE of that many random views: what the copy
+is slow to learn may also be what no model has right, noise, say, that covers a whole image.
 Crops can lower what is left of the encoder's trigger; colours and blur kept the data set's out and not
 the encoder's; a warm-up and more passes of the copy were of no use (measured: docs/readings.md).
 """
