@@ -88,9 +88,9 @@ def passes(
     while rounds or pool < pooling.rho * n:
         gamma, epochs = rounds.pop(0) if rounds else (pooling.gamma3, None)
         rest = n - pool
-        copied, views = epochs is None and pooling.guidance == "meta", 0 if epochs else pooling.views
+        copied = epochs is None and pooling.guidance == "meta"
         trained += (pooling.epochs_meta if epochs is None else epochs) * pool + copied * rest
-        looked += (1 + copied + views) * rest
+        looked += (1 + copied) * rest
         if pooling.within_core and epochs:
             rest = max(0, int(sifting.majority * n) - pool)
         pool += min(rest, math.ceil(gamma * (n - pool if pooling.of_rest else n)))

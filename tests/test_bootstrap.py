@@ -15,7 +15,6 @@ from tcore.models import head as heads
 from tcore.models.channels import layers, norms_behind
 from tcore.models.classifier import Classifier
 from tcore.models.encoder import Encoder
-from tcore.pretraining import augment
 from tcore.stages import bootstrap as stage
 
 HEAD = heads.Settings(hidden=(32, 16), dropout=0.1)
@@ -295,89 +294,46 @@ def test_phase_three_ranks_what_the_pool_lacks_by_model_and_copy(data, monkeypat
         assert torch.equal(slow[key][~bad], fast[key][~bad]) and (slow[key] != fast[key])[bad].any()
 
 
-def test_the_model_trains_on_views_and_is_measured_on_whole_images_like_the_copy(data, monkeypatch):
-    views, seen, fit, losses = [], [], stage.fit, stage.losses
+def test_the_model_trains_on_crops_and_is_measured_on_whole_images_like_the_copy(data, monkeypatch):
+    crops, seen, fit, losses, crop = [], [], stage.fit, stage.losses, stage.augment.resized_crop
 
-    def watch(name):
-        real = getattr(stage.augment, name)
-
-        def watching(x, generator, strength):
-            views.append((name, strength))
-            return real(x, generator, strength)
-
-        monkeypatch.setattr(stage.augment, name, watching)
+    def cropped(x, generator, scale):
+        crops.append(scale)
+        return crop(x, generator, scale)
 
     def watched(model, optimizer, rows, images, labels, settings, *more, **named):
-        before = len(views)
+        before = len(crops)
         fit(model, optimizer, rows, images, labels, settings, *more, **named)
         steps = (more[3] if len(more) > 3 else 1) * -(-len(rows) // settings.batch)
-        seen.append((settings.batch == 8, steps, len(views) - before))
+        seen.append((settings.batch == 8, steps, len(crops) - before))
 
     def measured(*args):
-        before = len(views)
+        before = len(crops)
         found = losses(*args)
-        assert len(views) == before
+        assert len(crops) == before
         return found
 
-    for name in ("resized_crop", "jitter", "blur"):
-        watch(name)
+    monkeypatch.setattr(stage.augment, "resized_crop", cropped)
     monkeypatch.setattr(stage, "fit", watched)
     monkeypatch.setattr(stage, "losses", measured)
     plain = replace(SETTINGS, batch_copy=8, rounds_class=1, rounds_all=0)
-    settings = replace(plain, crop_min=0.5, jitter=0.3, blur=1.0)
+    settings = replace(plain, crop_min=0.5)
     pool = run(data, settings)[1]
     model, its_copy = ([(steps, n) for small, steps, n in seen if small is kind] for kind in (False, True))
-    assert model and all(n == 3 * steps for steps, n in model)
-    assert set(views) == {("resized_crop", (0.5, 1.0)), ("jitter", 0.3), ("blur", (0.1, 1.0))}
+    assert model and all(n == steps for steps, n in model)
+    assert set(crops) == {(0.5, 1.0)}
     assert its_copy and all(steps and not n for steps, n in its_copy)
     assert run(data, settings)[1].equals(pool)
-    for one in ({"crop_min": 0.5}, {"jitter": 0.3}, {"blur": 1.0}, {}):
-        views.clear()
-        run(data, replace(plain, **one))
-        assert len(set(views)) == len(one)
+    crops.clear()
+    run(data, plain)
+    assert not crops
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [{"crop_min": 0.0}, {"crop_min": 1.5}, {"jitter": 1.0}, {"jitter": -0.1}, {"blur": 0.05}, {"views": -1}],
-)
-def test_a_view_that_cannot_be_is_named(data, wrong):
+@pytest.mark.parametrize("wrong", [{"crop_min": 0.0}, {"crop_min": 1.5}, {"steady": -0.1}, {"steady": 1.5}])
+def test_a_share_that_cannot_be_is_named(data, wrong):
     ((name, value),) = wrong.items()
     with pytest.raises(InputError, match=f"bootstrap.{name} = {value} should"):
         run(data, replace(SETTINGS, **wrong))
-
-
-def test_phase_three_wants_both_ranks_small(data, monkeypatch):
-    """d and the loss on views are planted; who joins first has the smallest sum of its two places."""
-    d, on_views = (torch.randn(120, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
-    subset = data[2]
-    monkeypatch.setattr(stage, "losses", lambda model, images, labels, rows: d[rows])
-    monkeypatch.setattr(stage, "losses_on_views", lambda model, images, labels, rows, *more: on_views[rows])
-    settings = replace(
-        SETTINGS, rounds_class=0, rounds_all=0, rho=0.3, epochs_final=0, guidance="loss", views=2
-    )
-    _, pool, _ = run(data, settings)
-    rest = np.flatnonzero(~subset.numpy())
-    places = sum(np.argsort(np.argsort(score.numpy()[rest])) for score in (d, on_views))
-    joined = np.isin(rest, np.flatnonzero(pool["round"] == 1))
-    assert joined.sum() == 25 and places[joined].max() <= places[~joined].min()
-
-
-@pytest.mark.parametrize("views", [1, 3])
-def test_losses_on_views_are_the_mean_over_the_views_that_the_generator_gives(data, views):
-    images, labels = data[0], data[1]
-    toy = encoder()
-    model = Classifier(toy, heads.new_head(toy.dim, 3, HEAD, 0)).eval()
-    settings = replace(SETTINGS, views=views, crop_min=0.5, jitter=0.4)
-    rows = torch.tensor([3, 40, 7])
-    found = stage.losses_on_views(model, images, labels, rows, settings, torch.Generator().manual_seed(5))
-    stream, expected = torch.Generator().manual_seed(5), np.zeros(3)
-    for _ in range(views):
-        x = augment.resized_crop(images[rows].float() / 255, stream, (0.5, 1.0))
-        with torch.no_grad():
-            out = model(augment.jitter(x, stream, 0.4)).double().numpy()
-        expected += np.log(np.exp(out).sum(1)) - out[np.arange(3), labels[rows].numpy()]
-    np.testing.assert_allclose(found.numpy(), expected / views, rtol=1e-4)
 
 
 def test_without_the_copy_phase_three_ranks_by_the_loss_alone(data, monkeypatch):

@@ -229,7 +229,7 @@ def test_repeats_by_hand():
 def test_passes_count_what_bootstrapping_trains_on(monkeypatch):
     """Against a run of the stage with counters in place of its training; the core is sifting's majority."""
     pooling = bootstrap.Settings(
-        rounds_class=0, rounds_all=2, gamma2=0.2, epochs=3, epochs_meta=2, epochs_final=4, gamma3=0.3, views=3
+        rounds_class=0, rounds_all=2, gamma2=0.2, epochs=3, epochs_meta=2, epochs_final=4, gamma3=0.3
     )
     n, subset = 40, torch.arange(40) < 4
     trained, looked = [], []
@@ -240,11 +240,6 @@ def test_passes_count_what_bootstrapping_trains_on(monkeypatch):
     )
     monkeypatch.setattr(
         bootstrap, "losses", lambda m, i, y, rows: looked.append(len(rows)) or torch.rand(len(rows))
-    )
-    monkeypatch.setattr(
-        bootstrap,
-        "losses_on_views",
-        lambda m, i, y, rows, *rest: looked.append(3 * len(rows)) or torch.rand(len(rows)),
     )
     images = images_of(20, 20)
     untrusted = {

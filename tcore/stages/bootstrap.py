@@ -10,10 +10,9 @@ trusted channels stay. Training on a pool P of clean samples and growing P take 
 
 Phases come from ASD (Gao et al., CVPR 2023). Not in the paper, hence settings: epochs per
 round (none before the first), optimiser and rate, whether batch norm uses stored
-statistics (`frozen_norm`) or those of the batch, whether the model trains on random views of the
-images (`crop_min`, `jitter`, `blur`; it is measured, and the copy trained, on the images as they are), and
-a last training on the final pool with the rate decaying to 0. Shares are of the rest D \\ P, the literal
-reading (`of_rest`).
+statistics (`frozen_norm`) or those of the batch, whether the model trains on random crops of the images
+(`crop_min`; it is measured, and the copy trained, on whole images), and a last training on the final pool
+with the rate decaying to 0. Shares are of the rest D \\ P, the literal reading (`of_rest`).
 Filters start as He et al. (2015) do, rows of linear layers as PyTorch's, biases at 0. The batch-norm
 entries of untrusted channels are reset (scale 1, shift 0) and trained along, their statistics measured
 anew; layer norm, which has no channels of one layer's own, stays as it is.
@@ -25,11 +24,9 @@ and 2, which have only the loss to go by, add samples of B_k alone, what passed 
 (`within_core`); when all of B_k is in, their rounds just train, and phase 3 starts the safer for it. Of
 poisons that a weak model takes for the target by chance the copy, which has seen more images, may correct
 those whose trigger it has not learnt yet, and their d is smallest: with `steady` phase 3 begins, until
-|P| / n reaches it, with the smallest CE + |CE - CE of the copy|, what both have right. With `views` phase 3
-adds the smallest sums of two places, by d and by the mean CE of that many random views: what the copy
-is slow to learn may also be what no model has right, noise, say, that covers a whole image.
-Crops can lower what is left of the encoder's trigger; colours and blur kept the data set's out and not
-the encoder's; a warm-up and more passes of the copy were of no use (measured: docs/readings.md).
+|P| / n reaches it, with the smallest CE + |CE - CE of the copy|, what both have right. Crops can lower what
+is left of the encoder's trigger. What was of no use (a warm-up, more passes of the copy, colours and blur,
+losses on views): docs/readings.md.
 """
 
 import copy
@@ -65,8 +62,6 @@ class Settings:
     gamma3: float = 0.05  # share of the rest added per round of phase 3 [paper: App. A]
     rho: float = 0.9  # share of D at which the pool is full [paper: App. A]
     crop_min: float = 1.0  # smallest crop that the model trains on, as a share of the image's area [open]
-    jitter: float = 0.0  # strength of the colour jitter of what it trains on, on 0.8 of the images [open]
-    blur: float = 0.0  # largest standard deviation of its blur, in pixels, on half of the images [open]
     epochs: int = 5  # T, passes over the pool per round of phases 1 and 2 [open]
     epochs_meta: int = 1  # passes over the pool per round of phase 3 [open]
     epochs_final: int = 20  # passes over the final pool, rate decaying to 0 [open]
@@ -77,7 +72,6 @@ class Settings:
     restart_norm: bool = True  # batch-norm entries of untrusted channels start anew and train [open]
     of_rest: bool = True  # gammas are shares of what is outside the pool; false: of D or of its class [open]
     within_core: bool = True  # phases 1 and 2 add only samples of sifting's core [ours]
-    views: int = 0  # of each sample, on which phase 3 wants its CE small as well; 0: not asked [ours]
     steady: float = 0.0  # share of D up to which phase 3 adds what model and copy both have right [ours]
     guidance: str = "meta"  # of phase 3; loss: that of phase 2, to see what the copy is worth [paper: meta]
 
@@ -137,17 +131,6 @@ def trainable(model: Classifier, untrusted: dict[str, Tensor], norm_too: bool = 
     return parameters
 
 
-def view(images: Tensor, generator: torch.Generator, settings: Settings) -> Tensor:
-    """A random view of every float image (N, 3, H, W), as the settings want it."""
-    if settings.crop_min < 1:
-        images = augment.resized_crop(images, generator, (settings.crop_min, 1.0))
-    if settings.jitter:
-        images = augment.jitter(images, generator, settings.jitter)
-    if settings.blur:
-        images = augment.blur(images, generator, (0.1, settings.blur))
-    return images
-
-
 def fit(
     model: Classifier,
     optimizer: torch.optim.Optimizer,
@@ -156,13 +139,13 @@ def fit(
     labels: Tensor,
     settings: Settings,
     order: torch.Generator,
-    views: torch.Generator,
+    crops: torch.Generator,
     frozen_norm: bool,
     epochs: int = 1,
     rate: Callable[[float], float] | None = None,
 ) -> None:
-    """Cross-entropy on random views of the given rows of D, in place; `rate` maps progress in [0, 1] to a
-    factor of lr, `order` is of the CPU and `views` of the images' device."""
+    """Cross-entropy on random crops of the given rows of D, in place; `rate` maps progress in [0, 1] to a
+    factor of lr, `order` is of the CPU and `crops` of the images' device."""
     model.train()
     if frozen_norm:
         model.encoder.eval()
@@ -173,7 +156,9 @@ def fit(
                 for group in optimizer.param_groups:
                     group["lr"] = settings.lr * rate(step / total)
             batch = rows[picked]
-            x = view(floats(images[batch]), views, settings)
+            x = floats(images[batch])
+            if settings.crop_min < 1:
+                x = augment.resized_crop(x, crops, (settings.crop_min, 1.0))
             with autocast(labels.device):
                 out = model(x)
             loss = F.cross_entropy(out.float(), labels[batch])
@@ -187,33 +172,6 @@ def losses(model: Classifier, images: Tensor, labels: Tensor, rows: Tensor) -> T
     """CE of the given rows, eval mode, float32; by blocks, so that no second copy of the images is made."""
     found = torch.cat([logits(model, images[part]) for part in rows.split(512)])
     return F.cross_entropy(found, labels[rows], reduction="none")
-
-
-@torch.no_grad()
-def losses_on_views(
-    model: Classifier,
-    images: Tensor,
-    labels: Tensor,
-    rows: Tensor,
-    settings: Settings,
-    generator: torch.Generator,
-) -> Tensor:
-    """The mean CE of `views` random views of each of the given rows, eval mode, float32; by blocks."""
-    model.eval()
-    found = []
-    for part in rows.split(512):
-        x, total = floats(images[part]), torch.zeros(len(part), device=labels.device)
-        for _ in range(settings.views):
-            with autocast(labels.device):
-                out = model(view(x, generator, settings))
-            total += F.cross_entropy(out.float(), labels[part], reduction="none")
-        found.append(total / settings.views)
-    return torch.cat(found)
-
-
-def ranks(score: Tensor) -> Tensor:
-    """0 for the smallest of (n,), n - 1 for the largest; of equals the first is the smaller."""
-    return score.argsort(stable=True).argsort().float()
 
 
 def best(
@@ -260,10 +218,7 @@ def bootstrap(
         raise InputError(f"bootstrap.guidance = {settings.guidance!r} should be one of {GUIDANCE}")
     for name, right, what in (
         ("crop_min", 0 < settings.crop_min <= 1, "a share of the image, in (0, 1]"),
-        ("jitter", 0 <= settings.jitter < 1, "in [0, 1)"),
         ("steady", 0 <= settings.steady <= 1, "a share of the images, in [0, 1]"),
-        ("blur", settings.blur == 0 or settings.blur >= 0.1, "0 (none) or at least 0.1 pixels"),
-        ("views", settings.views >= 0, "0 (none) or more"),
     ):
         if not right:
             raise InputError(f"bootstrap.{name} = {getattr(settings, name)} should be {what}")
@@ -273,10 +228,10 @@ def bootstrap(
     model = Classifier(encoder, fresh_head).to(device)
     optimizer = torch.optim.Adam(trainable(model, untrusted, settings.restart_norm), settings.lr)
     order = seeds.generator(seed, "bootstrap", "order")
-    views = seeds.generator(seed, "bootstrap", "views", device=device.type)
-    data = (images, labels, settings, order, views)
-    whole = replace(settings, batch=settings.batch_copy, crop_min=1.0, jitter=0.0, blur=0.0)
-    for_copy = (images, labels, whole, order, views)
+    crops = seeds.generator(seed, "bootstrap", "views", device=device.type)
+    data = (images, labels, settings, order, crops)
+    whole = replace(settings, batch=settings.batch_copy, crop_min=1.0)
+    for_copy = (images, labels, whole, order, crops)
     gamma = {1: settings.gamma1, 2: settings.gamma2, 3: settings.gamma3}
     pool = subset.clone()
     joined, phases = torch.where(subset, 0, -1), torch.zeros(n, dtype=torch.long, device=device)
@@ -303,9 +258,6 @@ def bootstrap(
                 gain = score[rest] - losses(fast, images, labels, rest)
                 steady = int(pool.sum()) < settings.steady * n
                 score[rest] = score[rest] + gain.abs() if steady else gain
-            if phase == 3 and settings.views:
-                on_views = losses_on_views(model, images, labels, rest, settings, views)
-                score[rest] = ranks(score[rest]) + ranks(on_views)
             allowed = core if settings.within_core and phase < 3 else None
             add = best(score, labels, pool, gamma[phase], phase == 1, settings.of_rest, allowed)
             pool[add], joined[add], phases[add] = True, rounds, phase
