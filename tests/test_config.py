@@ -109,7 +109,7 @@ def test_the_papers_17_pairs_with_the_published_settings():
 
 @pytest.mark.parametrize("name", [p.name for p in (ROOT / "config").glob("*.yaml")])
 def test_every_overlay_is_valid(name):
-    over = [f"photographs-{name}.yaml" for name in ("full", "pairs", "blended")]
+    over = [path.name for path in (ROOT / "config").glob("photographs-*.yaml")]
     below = dict.fromkeys(over, "photographs.yaml") | dict.fromkeys(OVER_THE_PAPER, "paper.yaml")
     validate(overlaid(*(below[name], name) if name in below else (name,)))
 
