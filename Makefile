@@ -3,13 +3,14 @@
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 PYTHON := $(or $(shell command -v python3.11),$(shell command -v python3))
+SUPPORTED := import sys; sys.exit(sys.version_info < (3, 11))
 # Steps that want a GPU run one per GPU; where there is none, one per core.
 SLOTS := $(or $(filter-out 0,$(shell nvidia-smi --list-gpus 2> /dev/null | wc -l)),$(shell nproc))
 REPORT := data/results/report.html
 
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: help setup demo benchmark test
+.PHONY: help setup demo benchmark test docs
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/'
@@ -24,19 +25,24 @@ benchmark: setup ## run the demo with three seeds (half an hour on two cores)
 	$(BIN)/snakemake --cores all --resources gpu=$(SLOTS) --quiet reason host --configfile config/seeds.yaml
 	@echo "The report is $(REPORT)"
 
-test: setup ## check style, workflow and code
+test: setup ## check style, workflow, pages and code
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/snakefmt --check Snakefile rules
-	$(BIN)/snakemake --lint
+	$(BIN)/mkdocs build --strict --quiet --site-dir .venv/site
 	$(BIN)/pytest
 
+docs: setup ## write the generated pages, and show all of them on http://127.0.0.1:8000
+	$(BIN)/python scripts/tools/config_reference.py
+	$(BIN)/python scripts/tools/lab.py
+	$(BIN)/mkdocs serve
+
 # torch first: torchvision must find its torch and not bring another.
-$(INSTALLED): pyproject.toml
+$(INSTALLED): pyproject.toml constraints.txt
 	@echo "Installing Python packages into .venv (once; some minutes)"
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2> /dev/null || \
-		{ echo "error: this project needs Python 3.11; '$(PYTHON)' is not. Put python3.11 on the PATH, or: make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -c '$(SUPPORTED)' 2> /dev/null || \
+		{ echo "error: this project needs Python 3.11 or later; '$(PYTHON)' is not. Put python3.11 on the PATH, or: make PYTHON=/path/to/python3"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet "$$(grep -o 'torch==[0-9.]*' pyproject.toml | head -n 1)"
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@

@@ -1,5 +1,6 @@
 # Secure transfer learning with T-Core, from data sets to the report: `snakemake --cores all`.
 import gc
+import os
 import sys
 from pathlib import Path
 from shlex import quote
@@ -11,11 +12,18 @@ min_version("9.27")
 # A plan is one large graph that stays; looking for garbage in it again and again takes a fifth of the time.
 gc.set_threshold(1_000_000)
 
+# This folder. Everything of ours is found from here, wherever the data are: `--directory`, or as a module.
+ROOT = Path(str(workflow.current_basedir))
+sys.path.insert(0, str(ROOT))
 
-configfile: "config/config.yaml"
+
+configfile: str(ROOT / "config/config.yaml")
 
 
 container: "workflow/tcore.sif"  # used with --sdm apptainer only; recipe: workflow/tcore.def
+
+
+report: "workflow/captions/workflow.rst"
 
 
 # One victim; a pathvar, so that rules write data/results/<cell>/...
@@ -27,8 +35,11 @@ pathvars:
     logs="data/logs",
 
 
-sys.path.insert(0, str(workflow.basedir))
-from tcore import alive, starter
+from tcore.running import alive, starter
+
+# For the records of steps; no parameter, because another file with the same settings makes nothing stale.
+configured = [*workflow.configfiles[-1:], *workflow.configfiles[:-1]]  # the base first, it is found last
+os.environ.update(TCORE_CONFIG=" ".join(os.path.relpath(file, ROOT) for file in configured))
 
 shell.prefix(starter.prefix().replace("{", "{{").replace("}", "}}"))
 

@@ -1,6 +1,72 @@
 # The user with one of the baseline defences, every file in tcore/defenses; what the scenario gives it first.
 
 
+CELLS_OF_BASELINES = CELLS[CELLS["defense"].isin(experiment["variants"]) & ~CELLS["defense"].isin(GROWN)]
+
+
+def of_kind(kind):
+    """The pattern of all variants of one kind."""
+    names = CELLS.loc[CELLS["defense"].isin(experiment["variants"]), "defense"].unique()
+    return "|".join(name for name in names if experiment["variants"][name]["kind"] == kind) or "(?!)"
+
+
+def of_variant(key):
+    """An entry of the variant of a defence that the wildcard names."""
+
+    @signed
+    def entry(wildcards):
+        return experiment["variants"][wildcards.defense][key]
+
+    return entry
+
+
+@signed
+def share_of_trusted(wildcards):
+    return experiment["variants"][wildcards.defense]["trusted"]["share"]
+
+
+@signed
+def code_of_defense(wildcards):
+    return provenance.code("defend", f"defenses/{experiment['variants'][wildcards.defense]['defense']}")
+
+
+def code_of_input_detector(wildcards):
+    variant = experiment["variants"][wildcards.defense]
+    attacks = methods_named(wildcards, "encoder_attack", "dataset_attack")
+    return provenance.code("score_inputs", f"defenses/{variant['defense']}", *attacks)
+
+
+@signed
+def settings_of_defense(wildcards):
+    variant = experiment["variants"][wildcards.defense]
+    return canonical(
+        {
+            "defense": variant["settings"],
+            "part": variant["part"],
+            "selection": variant["selection"],
+            "head": experiment["methods"]["head"],
+        }
+    )
+
+
+@signed
+def trusted_samples(wildcards):
+    """The table of clean samples for a defence that needs some; they may be T-Core's own."""
+    trusted = experiment["variants"][wildcards.defense]["trusted"]
+    file = {
+        "granted": "{defense}/given/granted.parquet",
+        "seeds": "tcore/seeds.parquet",
+        "subset": "tcore/subset.parquet",
+    }.get(trusted and trusted["source"])
+    return f"data/defended/{CELL}/{file}".format(**wildcards) if file else []
+
+
+@signed
+def oracle(wildcards):
+    known = experiment["variants"][wildcards.defense]["oracle"]
+    return f"data/defended/{CELL}/{{defense}}/given/oracle.json".format(**wildcards) if known else []
+
+
 rule grant_clean:
     input:
         truth=received("truth.parquet"),
@@ -16,7 +82,7 @@ rule grant_clean:
         "The scenario grants clean samples: {wildcards.encoder_attack}, {wildcards.dataset_attack},"
         " defence {wildcards.defense} (seed {wildcards.seed})"
     shell:
-        "python scripts/grant_clean.py --truth {input.truth} --share {params.share} --seed {wildcards.seed}"
+        "python $TCORE/scripts/grant_clean.py --truth {input.truth} --share {params.share} --seed {wildcards.seed}"
         " --granted {output.granted} --record {output.record} > {log} 2>&1"
 
 
@@ -34,7 +100,7 @@ rule reveal_rate:
         "An oracle tells the poison rate: {wildcards.encoder_attack}, {wildcards.dataset_attack},"
         " defence {wildcards.defense} (seed {wildcards.seed})"
     shell:
-        "python scripts/reveal_rate.py --truth {input.truth}"
+        "python $TCORE/scripts/reveal_rate.py --truth {input.truth}"
         " --oracle {output.oracle} --record {output.record} > {log} 2>&1"
 
 
@@ -64,7 +130,7 @@ rule defend:
         "The user defends with {wildcards.defense}"
         " ({wildcards.encoder_attack}, {wildcards.dataset_attack}, seed {wildcards.seed})"
     shell:
-        "python scripts/defend.py --defense {params.defense} --model {input.model} --features {input.features}"
+        "python $TCORE/scripts/defend.py --defense {params.defense} --model {input.model} --features {input.features}"
         " --images {input.images} {params.optional} --settings {params.settings:q} --seed {wildcards.seed}"
         " --model-out {output.model} {params.samples} --record {output.record} > {log} 2>&1"
 
@@ -110,7 +176,7 @@ rule score_inputs:
         "The evaluator shows clean and triggered test images to {wildcards.defense}"
         " ({wildcards.encoder_attack}, {wildcards.dataset_attack}, seed {wildcards.seed})"
     shell:
-        "python scripts/score_inputs.py --defense {params.defense} --model {input.model}"
+        "python $TCORE/scripts/score_inputs.py --defense {params.defense} --model {input.model}"
         " --features {input.features} --images {input.images} {params.optional} --test {input.test}"
         " --encoder-trigger {input.encoder_trigger} --dataset-trigger {input.dataset_trigger}"
         " --settings {params.settings:q} --seed {wildcards.seed}"

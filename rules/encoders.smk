@@ -1,6 +1,28 @@
 # Stranger one: pre-trains an encoder, and plants a backdoor in it, afterwards or in the unlabelled images.
 
 
+SHARED = experiment["encoder_seed"]  # the random seed of the one clean encoder for all, or None
+
+
+def pretraining(wildcards):
+    """The pre-trainer of a data set: its own or the experiment's."""
+    return experiment["datasets"][wildcards.pretrain].get("pretraining", experiment["pretraining"])
+
+
+def code_of_pretraining(wildcards):
+    return provenance.code("pretrain_encoder", f"pretraining/{pretraining(wildcards)}")
+
+
+def settings_of_pretraining(wildcards):
+    return settings(pretraining(wildcards))
+
+
+def attacks_on(weights):
+    """Pattern of the encoder attacks that change weights, or of those that change the images of pre-training."""
+    names = registry.names("encoder_attacks")
+    return "|".join(name for name in names if registry.on_weights(name) == weights)
+
+
 rule pretrain_encoder:
     input:
         images="data/datasets/{pretrain}/train.parquet",
@@ -20,7 +42,7 @@ rule pretrain_encoder:
     message:
         "Stranger one pre-trains an encoder on {wildcards.pretrain} (seed {wildcards.seed})"
     shell:
-        "python scripts/pretrain_encoder.py --images {input.images}"
+        "python $TCORE/scripts/pretrain_encoder.py --images {input.images}"
         " --settings {params.settings:q} --seed {wildcards.seed}"
         " --encoder {output.encoder} --record {output.record} > {log} 2>&1"
 
@@ -67,7 +89,7 @@ rule poison_encoder:
         "Stranger one hands over the {wildcards.pretrain} encoder: attack {wildcards.encoder_attack}"
         " (seed {wildcards.seed})"
     shell:
-        "python scripts/poison_encoder.py --encoder {input.encoder} --shadow {input.shadow}"
+        "python $TCORE/scripts/poison_encoder.py --encoder {input.encoder} --shadow {input.shadow}"
         " --downstream {input.downstream} --attack {wildcards.encoder_attack} --target {params.target}"
         " --settings {params.settings:q} --seed {wildcards.seed}"
         " --encoder-out {output.encoder} --trigger {output.trigger} --record {output.record} > {log} 2>&1"
@@ -95,7 +117,7 @@ rule poison_images:
         "Stranger one poisons the unlabelled images of {wildcards.pretrain}: attack {wildcards.encoder_attack}"
         " (seed {wildcards.seed})"
     shell:
-        "python scripts/poison_images.py --images {input.images} --downstream {input.downstream}"
+        "python $TCORE/scripts/poison_images.py --images {input.images} --downstream {input.downstream}"
         " --attack {wildcards.encoder_attack} --target {params.target}"
         " --settings {params.settings:q} --seed {wildcards.seed}"
         " --poisoned {output.images} --truth {output.truth} --trigger {output.trigger}"

@@ -1,6 +1,17 @@
 # Stranger two: poisons a labelled data set.
 
 
+@signed
+def dataset_attack(wildcards):
+    """The attack on a data set that runs, also where its variant is named."""
+    return registry.base("dataset_attacks", wildcards.dataset_attack)
+
+
+def told(what):
+    """Pattern of the attacks on data sets that are told `what` of the encoder."""
+    return "|".join(name for name in CELLS["dataset_attack"].unique() if grid.told(name) == what) or "(?!)"
+
+
 rule poison_dataset:
     input:
         images="data/datasets/{downstream}/train.parquet",
@@ -21,7 +32,7 @@ rule poison_dataset:
         "Stranger two hands over {wildcards.downstream}: attack {wildcards.dataset_attack}"
         " (seed {wildcards.seed})"
     shell:
-        "python scripts/poison_dataset.py --images {input.images} {params.optional}"
+        "python $TCORE/scripts/poison_dataset.py --images {input.images} {params.optional}"
         " --attack {params.attack} --target {params.target}"
         " --settings {params.settings:q} --seed {wildcards.seed}"
         " --train {output.train} --truth {output.truth} --trigger {output.trigger} --record {output.record}"

@@ -2,6 +2,23 @@
 # poisoned, so there is no truth to measure against: the user gets a clean model and an audit.
 import os
 
+
+def of_encoder(key):
+    """An entry of the encoder from outside that the wildcard names."""
+
+    @signed
+    def entry(wildcards):
+        return experiment["encoders"][wildcards.pretrain][key]
+
+    return entry
+
+
+def code_of_audit(wildcards):
+    source = experiment["datasets"][wildcards.downstream]["source"]
+    files = ("workflow/audit.html.jinja", "workflow/style.css")
+    return provenance.code("audit", f"data/sources/{source}", files=files)
+
+
 # Networks of the user's own that may run code, for all jobs: see tcore/models/elsewhere.py.
 os.environ.update(
     TCORE_RUN_CODE=" ".join(
@@ -27,7 +44,7 @@ rule import_encoder:
     message:
         "Importing the encoder {wildcards.pretrain} from {input.checkpoint}"
     shell:
-        "python scripts/import_encoder.py --checkpoint {input.checkpoint:q} --architecture {params.architecture}"
+        "python $TCORE/scripts/import_encoder.py --checkpoint {input.checkpoint:q} --architecture {params.architecture}"
         " --image-size {params.image_size} --mean {params.mean} --std {params.std}"
         " --encoder {output.encoder} --record {output.record} > {log} 2>&1"
 
@@ -50,7 +67,7 @@ rule check_received:
     message:
         "Do the encoder {wildcards.pretrain}, the images {wildcards.downstream} and the settings go together?"
     shell:
-        "python scripts/check_received.py --encoder {input.encoder} --images {input.images}"
+        "python $TCORE/scripts/check_received.py --encoder {input.encoder} --images {input.images}"
         " --settings {params.settings:q} --record {output.record} > {log} 2>&1"
 
 
@@ -67,7 +84,7 @@ rule export_model:
     message:
         "Exporting the clean model for use elsewhere"
     shell:
-        "python scripts/export_model.py --model {input.model} --exported {output.exported}"
+        "python $TCORE/scripts/export_model.py --model {input.model} --exported {output.exported}"
         " --record {output.record} > {log} 2>&1"
 
 
@@ -85,11 +102,17 @@ rule audit:
         pool="data/defended/{pretrain}-received/{downstream}-received/{seed}/tcore/pool.parquet",
         undefended="data/results/{pretrain}-received/{downstream}-received/{seed}/none/predictions.parquet",
         defended="data/results/{pretrain}-received/{downstream}-received/{seed}/tcore/predictions.parquet",
-        template="workflow/audit.html.jinja",
-        style="workflow/style.css",
     output:
-        audit="data/results/{pretrain}-received/{downstream}-received/{seed}/audit.html",
-        distrust="data/results/{pretrain}-received/{downstream}-received/{seed}/distrust.csv",
+        audit=report(
+            "data/results/{pretrain}-received/{downstream}-received/{seed}/audit.html",
+            caption="../workflow/captions/audit.rst",
+            category="Audits",
+        ),
+        distrust=report(
+            "data/results/{pretrain}-received/{downstream}-received/{seed}/distrust.csv",
+            caption="../workflow/captions/distrust.rst",
+            category="Audits",
+        ),
         record="data/results/{pretrain}-received/{downstream}-received/{seed}/audit.run.json",
     log:
         "<logs>/audit/{pretrain}/{downstream}/{seed}.log",
@@ -102,7 +125,7 @@ rule audit:
     message:
         "Writing the audit of {wildcards.pretrain} and {wildcards.downstream} (seed {wildcards.seed})"
     shell:
-        "python scripts/audit.py --checked {input.checked} --encoder {input.encoder} --train {input.train}"
+        "python $TCORE/scripts/audit.py --checked {input.checked} --encoder {input.encoder} --train {input.train}"
         " --test {input.test} --model {input.model} --seeds {input.seeds} --subset {input.subset}"
         " --expanded {input.expanded} --channels {input.channels} --pool {input.pool}"
         " --undefended {input.undefended} --defended {input.defended}"

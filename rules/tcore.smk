@@ -2,6 +2,46 @@
 # A variant of T-Core runs the stages from the first that differs on in a folder of its own.
 
 
+GROWN = ["tcore", *(name for name, variant in experiment["variants"].items() if variant["kind"] == "tcore")]
+CELLS_OF_TCORE = CELLS[CELLS["defense"].isin(GROWN)]
+
+
+def whose(defense, stage):
+    """In whose folder a variant of T-Core finds what a stage left behind: its own or T-Core's."""
+    return defense if defense == "tcore" or stage in experiment["variants"][defense]["own"] else "tcore"
+
+
+def with_own(stage):
+    """The pattern of T-Core and those variants that run a stage anew."""
+    return "|".join(name for name in GROWN if whose(name, stage) == name)
+
+
+def made_by(stage, file):
+    """A file that a stage left behind for T-Core or a variant of it."""
+
+    @signed
+    def path(wildcards):
+        return f"data/defended/{CELL}/{whose(wildcards.defense, stage)}/{file}".format(**wildcards)
+
+    return path
+
+
+def settings_of_stage(stage, *methods):
+    """The settings of a stage of T-Core or of a variant of it, and of other methods."""
+
+    @signed
+    def found(wildcards):
+        own = experiment["variants"].get(wildcards.defense, {}).get("settings", experiment["methods"])
+        return canonical({stage: own[stage]} | {method: experiment["methods"][method] for method in methods})
+
+    return found
+
+
+def makers(stage):
+    """T-Core's cells, each with the variant that ran a stage for it."""
+    return CELLS_OF_TCORE.assign(defense=CELLS_OF_TCORE["defense"].map(lambda name: whose(name, stage)))
+
+
 rule sift:
     input:
         model="data/defended/<cell>/none/model.safetensors",
@@ -23,7 +63,7 @@ rule sift:
         "T-Core sifts trusted seed samples"
         " ({wildcards.encoder_attack}, {wildcards.dataset_attack}, seed {wildcards.seed})"
     shell:
-        "python scripts/sift.py --model {input.model} --features {input.features} --images {input.images}"
+        "python $TCORE/scripts/sift.py --model {input.model} --features {input.features} --images {input.images}"
         " --settings {params.settings:q} --seed {wildcards.seed}"
         " --seeds {output.seeds} --record {output.record} > {log} 2>&1"
 
@@ -49,7 +89,7 @@ rule expand:
         "T-Core lets the trusted seeds grow to a clean subset"
         " ({wildcards.encoder_attack}, {wildcards.dataset_attack}, seed {wildcards.seed})"
     shell:
-        "python scripts/expand.py --features {input.features} --images {input.images} --seeds {input.seeds}"
+        "python $TCORE/scripts/expand.py --features {input.features} --images {input.images} --seeds {input.seeds}"
         " --settings {params.settings:q} --seed {wildcards.seed}"
         " --subset {output.subset} --record {output.record} > {log} 2>&1"
 
@@ -75,7 +115,7 @@ rule filter_channels:
         "T-Core looks for the encoder's untrusted channels"
         " ({wildcards.encoder_attack}, {wildcards.dataset_attack}, seed {wildcards.seed})"
     shell:
-        "python scripts/filter_channels.py --model {input.model} --images {input.images} --subset {input.subset}"
+        "python $TCORE/scripts/filter_channels.py --model {input.model} --images {input.images} --subset {input.subset}"
         " --settings {params.settings:q} --seed {wildcards.seed}"
         " --channels {output.channels} --record {output.record} > {log} 2>&1"
 
@@ -104,6 +144,6 @@ rule bootstrap:
         "T-Core bootstraps a clean model from the subset and the trusted channels"
         " ({wildcards.encoder_attack}, {wildcards.dataset_attack}, seed {wildcards.seed})"
     shell:
-        "python scripts/bootstrap.py --model {input.model} --images {input.images} --seeds {input.seeds}"
+        "python $TCORE/scripts/bootstrap.py --model {input.model} --images {input.images} --seeds {input.seeds}"
         " --subset {input.subset} --channels {input.channels} --settings {params.settings:q} --seed {wildcards.seed}"
         " --model-out {output.model} --pool {output.pool} --record {output.record} > {log} 2>&1"

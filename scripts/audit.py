@@ -4,14 +4,16 @@ import argparse
 import json
 from pathlib import Path
 
-from tcore import audit, registry, report
 from tcore import device as devices
-from tcore.cli import run
 from tcore.data.images import read_images
+from tcore.experiment import registry
+from tcore.experiment.settings import resolve
 from tcore.files import atomic, load_json, load_table, load_tensors
 from tcore.models.classifier import load_classifier
-from tcore.run import record
-from tcore.settings import resolve
+from tcore.received import audit
+from tcore.report import report
+from tcore.running.cli import run
+from tcore.running.record import record
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "workflow" / "audit.html.jinja"
 TABLES = ("seeds", "subset", "pool")

@@ -6,12 +6,12 @@ import json
 import torch
 
 from tcore import device as devices
-from tcore.cli import run
 from tcore.data.images import read_images
 from tcore.files import load_table, load_tensors, save_table
 from tcore.models import head as heads
 from tcore.models.classifier import load_classifier, save_classifier
-from tcore.run import record
+from tcore.running.cli import run
+from tcore.running.record import record
 from tcore.stages import bootstrap
 
 

@@ -4,11 +4,11 @@ import argparse
 import json
 
 from tcore import device as devices
-from tcore import received
-from tcore.cli import run
 from tcore.data.images import read_images
 from tcore.models.encoder import load_encoder
-from tcore.run import record
+from tcore.received.check import check
+from tcore.running.cli import run
+from tcore.running.record import record
 from tcore.stages import bootstrap, expand, filter_channels, sift
 
 
@@ -26,7 +26,7 @@ def main() -> None:
     stages = (sift, expand, filter_channels, bootstrap)
     settings = [stage.Settings(**args.settings[stage.__name__.rpartition(".")[2]]) for stage in stages]
     with record(args.record, "check_received", args.settings, None, device) as log:
-        log |= received.check(load_encoder(args.encoder).to(device), read_images(args.images), *settings)
+        log |= check(load_encoder(args.encoder).to(device), read_images(args.images), *settings)
         print(
             f"{log['images']:,} training images of {log['classes']:,} classes, {log['smallest']:,} to "
             f"{log['largest']:,} each; T-Core will take about {log['seconds']:,} seconds here, without heads"

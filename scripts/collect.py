@@ -7,16 +7,19 @@ import argparse
 import json
 from pathlib import Path
 
-from tcore import grid, results
-from tcore.cli import run
+from tcore.evaluation import results
+from tcore.experiment import grid
 from tcore.files import atomic, save_json, save_table
-from tcore.run import record
+from tcore.running.cli import run
+from tcore.running.record import record
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--grid", required=True, type=json.loads, help=f"JSON with {', '.join(grid.AXES)}")
-    parser.add_argument("--data", required=True, type=Path, help="the data folder (docs/architecture.md)")
+    parser.add_argument(
+        "--data", required=True, type=Path, help="the data folder (docs/develop/architecture.md)"
+    )
     parser.add_argument("--available", action="store_true", help="leave out cells that are not there yet")
     parser.add_argument("--results", required=True)
     parser.add_argument("--summary", required=True)

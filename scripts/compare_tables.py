@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from tcore import comparison, grid, results, tables
-from tcore.cli import run
+from tcore.evaluation import results
+from tcore.experiment import grid
 from tcore.files import atomic, load_table, require
-from tcore.run import record
+from tcore.paper import comparison, tables
+from tcore.running.cli import run
+from tcore.running.record import record
 
 
 def main() -> None:
@@ -23,7 +25,9 @@ def main() -> None:
         default={},
         help="JSON: the paper's data sets to those that stand for them",
     )
-    parser.add_argument("--data", required=True, type=Path, help="the data folder (docs/architecture.md)")
+    parser.add_argument(
+        "--data", required=True, type=Path, help="the data folder (docs/develop/architecture.md)"
+    )
     parser.add_argument("--markdown", required=True)
     parser.add_argument("--latex", required=True)
     parser.add_argument("--csv", required=True)

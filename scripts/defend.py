@@ -5,13 +5,15 @@ import json
 
 import pandas as pd
 
-from tcore import defense, registry, selection
 from tcore import device as devices
-from tcore.cli import run
+from tcore.defenses import _interface as defense
+from tcore.defenses import _selection as selection
+from tcore.experiment import registry
 from tcore.files import InputError, load_json, save_table
 from tcore.models import head as heads
 from tcore.models.classifier import save_classifier
-from tcore.run import record
+from tcore.running.cli import run
+from tcore.running.record import record
 
 
 def main() -> None:

@@ -2,8 +2,8 @@
 
 import argparse
 
-from tcore.cli import run
 from tcore.data.archives import download
+from tcore.running.cli import run
 
 
 def main() -> None:

@@ -5,12 +5,13 @@ import argparse
 import matplotlib
 import pandas as pd
 
-from tcore import paper_figure, registry
-from tcore.cli import run
+from tcore.evaluation.results import need
+from tcore.experiment import registry
 from tcore.files import atomic, load_table
-from tcore.paper_figures import _drawing
-from tcore.results import need
-from tcore.run import record
+from tcore.paper.figures import _declared as paper_figure
+from tcore.paper.figures import _drawing
+from tcore.running.cli import run
+from tcore.running.record import record
 
 RESOLUTION = 150  # dots per inch
 

@@ -3,10 +3,10 @@
 import argparse
 import json
 
-from tcore import results
-from tcore.cli import run
+from tcore.evaluation import results
 from tcore.files import InputError, load_json, load_table, load_tensors, save_table
-from tcore.run import record
+from tcore.running.cli import run
+from tcore.running.record import record
 
 
 def main() -> None:

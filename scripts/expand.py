@@ -7,11 +7,11 @@ import pandas as pd
 import torch
 
 from tcore import device as devices
-from tcore.cli import run
 from tcore.data.images import read_images
 from tcore.files import load_table, load_tensors, save_table
 from tcore.models import head as heads
-from tcore.run import record
+from tcore.running.cli import run
+from tcore.running.record import record
 from tcore.stages import expand
 
 

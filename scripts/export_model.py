@@ -2,11 +2,11 @@
 
 import argparse
 
-from tcore.cli import run
 from tcore.files import load_tensors
 from tcore.models.classifier import load_classifier
-from tcore.models.export import export
-from tcore.run import record
+from tcore.received.export import export
+from tcore.running.cli import run
+from tcore.running.record import record
 
 
 def main() -> None:

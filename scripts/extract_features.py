@@ -3,11 +3,11 @@
 import argparse
 
 from tcore import device as devices
-from tcore.cli import run
 from tcore.data.images import read_images
 from tcore.files import save_tensors
 from tcore.models.encoder import extract_features, load_encoder
-from tcore.run import record
+from tcore.running.cli import run
+from tcore.running.record import record
 
 
 def main() -> None:

@@ -6,11 +6,11 @@ import json
 import torch
 
 from tcore import device as devices
-from tcore.cli import run
 from tcore.data.images import read_images
 from tcore.files import load_table, save_tensors
 from tcore.models.classifier import load_classifier
-from tcore.run import record
+from tcore.running.cli import run
+from tcore.running.record import record
 from tcore.stages import filter_channels
 
 

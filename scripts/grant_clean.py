@@ -5,11 +5,11 @@ import argparse
 import numpy as np
 import pandas as pd
 
-from tcore import poisoning
-from tcore.cli import run
+from tcore.evaluation.results import need
 from tcore.files import load_table, save_table
-from tcore.results import need
-from tcore.run import record
+from tcore.poisoning import poisoned
+from tcore.running.cli import run
+from tcore.running.record import record
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
         for k in np.unique(labels):
             eligible = untouched & (labels == k)
             n = min(max(1, round(args.share * eligible.sum())), eligible.sum())
-            granted[poisoning.choose(eligible, n, args.seed, "granted", int(k))] = True
+            granted[poisoned.choose(eligible, n, args.seed, "granted", int(k))] = True
         save_table(args.granted, pd.DataFrame({"index": truth["index"], "granted": granted}))
 
 

@@ -4,10 +4,10 @@ import argparse
 import hashlib
 from contextlib import nullcontext
 
-from tcore.cli import run
 from tcore.models.encoder import ARCHITECTURES, save_encoder
-from tcore.models.foreign import import_encoder
-from tcore.run import record
+from tcore.received.checkpoint import import_encoder
+from tcore.running.cli import run
+from tcore.running.record import record
 
 
 def main() -> None:

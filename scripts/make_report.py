@@ -4,10 +4,12 @@ import argparse
 import json
 from pathlib import Path
 
-from tcore import grid, report, results
-from tcore.cli import run
+from tcore.evaluation import results
+from tcore.experiment import grid
 from tcore.files import atomic, load_table
-from tcore.run import record
+from tcore.report import report
+from tcore.running.cli import run
+from tcore.running.record import record
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "workflow" / "report.html.jinja"
 
@@ -15,7 +17,9 @@ TEMPLATE = Path(__file__).resolve().parents[1] / "workflow" / "report.html.jinja
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", required=True, help="results.parquet of all cells")
-    parser.add_argument("--data", required=True, type=Path, help="the data folder (docs/architecture.md)")
+    parser.add_argument(
+        "--data", required=True, type=Path, help="the data folder (docs/develop/architecture.md)"
+    )
     parser.add_argument("--grid", required=True, type=json.loads, help=f"JSON with {', '.join(grid.AXES)}")
     parser.add_argument("--output", required=True)
     parser.add_argument("--record", required=True)

@@ -4,11 +4,12 @@ import argparse
 import json
 
 from tcore import device as devices
-from tcore import paper_figure, registry
-from tcore.cli import run
+from tcore.experiment import registry
 from tcore.files import save_table
-from tcore.paper_figures import _victim
-from tcore.run import record
+from tcore.paper.figures import _declared as paper_figure
+from tcore.paper.figures import _victim
+from tcore.running.cli import run
+from tcore.running.record import record
 
 
 def main() -> None:

@@ -5,12 +5,13 @@ import json
 from dataclasses import asdict
 
 from tcore import device as devices
-from tcore import registry, triggers
-from tcore.cli import run
 from tcore.data.images import read_images, write_images
+from tcore.experiment import registry
+from tcore.experiment.settings import resolve
 from tcore.files import InputError, load_tensors, save_table
-from tcore.run import record
-from tcore.settings import resolve
+from tcore.poisoning import triggers
+from tcore.running.cli import run
+from tcore.running.record import record
 
 
 def main() -> None:

@@ -6,14 +6,15 @@ from dataclasses import asdict
 from hashlib import sha256
 
 from tcore import device as devices
-from tcore import registry, triggers
-from tcore.cli import run
 from tcore.data.images import read_images
 from tcore.encoder_attacks._references import choose_references, read_references
+from tcore.experiment import registry
+from tcore.experiment.settings import resolve
 from tcore.models.encoder import load_encoder, save_encoder
 from tcore.models.knn import knn_accuracy
-from tcore.run import record
-from tcore.settings import resolve
+from tcore.poisoning import triggers
+from tcore.running.cli import run
+from tcore.running.record import record
 
 
 def main() -> None:

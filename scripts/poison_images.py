@@ -4,12 +4,13 @@ import argparse
 import json
 from dataclasses import asdict
 
-from tcore import registry, triggers
-from tcore.cli import run
 from tcore.data.images import read_images, write_images
+from tcore.experiment import registry
+from tcore.experiment.settings import resolve
 from tcore.files import save_table
-from tcore.run import record
-from tcore.settings import resolve
+from tcore.poisoning import triggers
+from tcore.running.cli import run
+from tcore.running.record import record
 
 
 def main() -> None:

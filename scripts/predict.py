@@ -5,12 +5,12 @@ import argparse
 import pandas as pd
 
 from tcore import device as devices
-from tcore import triggers
-from tcore.cli import run
 from tcore.data.images import read_images
 from tcore.files import save_table
 from tcore.models.classifier import load_classifier, logits
-from tcore.run import record
+from tcore.poisoning import triggers
+from tcore.running.cli import run
+from tcore.running.record import record
 
 
 def main() -> None:

@@ -4,13 +4,13 @@ import argparse
 import json
 from pathlib import Path
 
-from tcore import registry
-from tcore.cli import run
 from tcore.data.archives import verify
 from tcore.data.images import write_images
+from tcore.experiment import registry
+from tcore.experiment.settings import resolve
 from tcore.files import InputError
-from tcore.run import record
-from tcore.settings import resolve
+from tcore.running.cli import run
+from tcore.running.record import record
 
 
 def main() -> None:

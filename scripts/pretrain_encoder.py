@@ -6,13 +6,13 @@ import json
 import torch
 
 from tcore import device as devices
-from tcore import registry
-from tcore.cli import run
 from tcore.data.images import read_images
+from tcore.experiment import registry
+from tcore.experiment.settings import resolve
 from tcore.models.encoder import save_encoder
 from tcore.models.knn import knn_accuracy
-from tcore.run import record
-from tcore.settings import resolve
+from tcore.running.cli import run
+from tcore.running.record import record
 
 
 def main() -> None:

@@ -2,10 +2,10 @@
 
 import argparse
 
-from tcore.cli import run
+from tcore.evaluation.results import need
 from tcore.files import load_table, save_json
-from tcore.results import need
-from tcore.run import record
+from tcore.running.cli import run
+from tcore.running.record import record
 
 
 def main() -> None:

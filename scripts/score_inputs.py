@@ -6,13 +6,15 @@ import json
 import pandas as pd
 import torch
 
-from tcore import defense, registry, triggers
 from tcore import device as devices
-from tcore.cli import run
 from tcore.data.images import read_images
+from tcore.defenses import _interface as defense
+from tcore.experiment import registry
 from tcore.files import save_table
 from tcore.models import head as heads
-from tcore.run import record
+from tcore.poisoning import triggers
+from tcore.running.cli import run
+from tcore.running.record import record
 
 
 def main() -> None:

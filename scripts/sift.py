@@ -4,11 +4,11 @@ import argparse
 import json
 
 from tcore import device as devices
-from tcore.cli import run
 from tcore.data.images import read_images
 from tcore.files import load_tensors, save_table
 from tcore.models.classifier import load_classifier
-from tcore.run import record
+from tcore.running.cli import run
+from tcore.running.record import record
 from tcore.stages import sift
 
 

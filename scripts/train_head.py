@@ -4,13 +4,13 @@ import argparse
 import json
 
 from tcore import device as devices
-from tcore.cli import run
 from tcore.data.images import read_images
 from tcore.files import load_tensors
 from tcore.models import head as heads
 from tcore.models.classifier import Classifier, save_classifier
 from tcore.models.encoder import load_encoder
-from tcore.run import record
+from tcore.running.cli import run
+from tcore.running.record import record
 
 
 def main() -> None:

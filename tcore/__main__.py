@@ -1,5 +1,7 @@
-"""`python -m tcore secure`: your encoder and your images in, a clean model and an audit out.
-`python -m tcore predict`: what a model says about the images in a folder.
+"""`tcore secure`: your encoder and your images in, a clean model and an audit out.
+`tcore predict`: what a model says about the images in a folder.
+
+`python -m tcore` is the same.
 """
 
 import argparse
@@ -13,10 +15,10 @@ from pathlib import Path
 
 import yaml
 
-from tcore import registry
-from tcore.cli import run
-from tcore.config import require_files, validate
+from tcore.experiment import registry
+from tcore.experiment.config import require_files, validate
 from tcore.files import InputError, atomic
+from tcore.running.cli import run
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO, OWN = (ROOT / "config" / name for name in ("config.yaml", "own.yaml"))
@@ -74,23 +76,27 @@ def own_config(args: argparse.Namespace) -> dict:
 def secure(args: argparse.Namespace) -> None:
     from snakemake.utils import update_config
 
+    if not (ROOT / "Snakefile").is_file():
+        raise InputError(f"{ROOT}: no Snakefile; in a clone of the repository: pip install --editable .")
     config = own_config(args)
     whole = yaml.safe_load(DEMO.read_text())
     update_config(whole, copy.deepcopy(config))
     require_files(validate(whole))
-    path = ROOT / "data" / "own" / f"{args.name}.yaml"
+    data = args.directory.resolve() / "data"
+    path = data / "own" / f"{args.name}.yaml"
     with atomic(path) as temporary:
-        temporary.write_text(f"# Written by `python -m tcore secure`.\n{yaml.safe_dump(config)}")
+        temporary.write_text(f"# Written by `tcore secure`.\n{yaml.safe_dump(config)}")
     command = [sys.executable, "-m", "snakemake", "--cores", "all", "--quiet", "reason", "host"]
+    command += ["--snakefile", str(ROOT / "Snakefile"), "--directory", str(data.parent)]
     command += ["--configfile", str(path)]
     if args.dry_run:
-        workflow([*command, "--dry-run"])
+        workflow([*command, "--dry-run"], data)
     else:
         cell = f"{args.name}_encoder-received/{args.name}-received/{args.seed}"
-        results, defended = (ROOT / "data" / family / cell for family in ("results", "defended"))
-        workflow([*command, "--until", "check_received"])
+        results, defended = (data / family / cell for family in ("results", "defended"))
+        workflow([*command, "--until", "check_received"], data)
         say_what_it_takes(json.loads((defended / "check_received.run.json").read_text())["log"])
-        workflow(command)
+        workflow(command, data)
         print(f"The audit            {results / 'audit.html'}")
         print(f"Images by distrust   {results / 'distrust.csv'}")
         print(f"The clean model      {defended / 'tcore' / 'model.safetensors'}")
@@ -98,18 +104,18 @@ def secure(args: argparse.Namespace) -> None:
         print(f"Without T-Core       {defended / 'none' / 'model.safetensors'}")
 
 
-def workflow(command: list[str]) -> None:
+def workflow(command: list[str], data: Path) -> None:
     """Runs Snakemake; where a step stopped with a message of ours, that is the last thing said."""
     start = time.time()
     try:
-        if not subprocess.run(command, cwd=ROOT).returncode:
+        if not subprocess.run(command).returncode:
             return
     except KeyboardInterrupt:
         raise InputError("interrupted; the same command goes on where it stopped") from None
-    logs = [path for path in (ROOT / "data" / "logs").rglob("*.log") if path.stat().st_mtime >= start]
+    logs = [path for path in (data / "logs").rglob("*.log") if path.stat().st_mtime >= start]
     for path in sorted(logs, key=lambda path: path.stat().st_mtime, reverse=True):
         if found := [line for line in path.read_text().splitlines() if line.startswith("error: ")]:
-            raise InputError(f"{found[-1].removeprefix('error: ')} ({path.relative_to(ROOT)})")
+            raise InputError(f"{found[-1].removeprefix('error: ')} ({path.relative_to(data.parent)})")
     raise InputError("it stopped, the reason stands above; mend it and run the same command again")
 
 
@@ -170,7 +176,7 @@ def predict(args: argparse.Namespace) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="python -m tcore", description=__doc__)
+    top = argparse.ArgumentParser(prog="tcore", description=__doc__)
     commands = top.add_subparsers(required=True)
     one = commands.add_parser("secure", help="a clean model and an audit")
     one.set_defaults(run=secure)
@@ -197,6 +203,7 @@ def parser() -> argparse.ArgumentParser:
     )
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--name", default="mine", help="of a-z, 0-9 and _: what it is called below data/")
+    one.add_argument("--directory", type=Path, default=ROOT, help="where its data/ is; default: the clone")
     one.add_argument("--dry-run", action="store_true", help="say what would be done")
     two = commands.add_parser("predict", help="what a model says about the images in a folder")
     two.set_defaults(run=predict)
@@ -212,5 +219,9 @@ def main() -> None:
     args.run(args)
 
 
-if __name__ == "__main__":
+def command() -> None:
     run(main)
+
+
+if __name__ == "__main__":
+    command()

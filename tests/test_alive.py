@@ -6,9 +6,12 @@ import sys
 
 import pytest
 
-from tcore import alive
+from tcore.running import alive
 
-ENTER = "import sys, time; from tcore import alive; it = alive.enter(sys.argv[1]); print('in', flush=True); "
+ENTER = (
+    "import sys, time; from tcore.running import alive; it = alive.enter(sys.argv[1]); "
+    "print('in', flush=True); "
+)
 
 
 @pytest.fixture

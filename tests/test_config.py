@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tcore import grid, registry
-from tcore.config import validate
+from tcore.experiment import grid, registry
+from tcore.experiment.config import validate
+from tcore.experiment.settings import resolve
 from tcore.files import InputError
-from tcore.settings import resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 OVER_THE_PAPER = ("vit.yaml", "growth.yaml", "tis-aware.yaml", "ratios.yaml")
@@ -192,13 +192,14 @@ def test_equal_targets_are_fine_when_the_attackers_never_meet():
 
 
 def test_planning_needs_no_torch():
-    program = "import sys, tcore.config, tcore.grid, tcore.provenance; sys.exit('torch' in sys.modules)"
+    program = "import sys, tcore.experiment.config, tcore.running.provenance, tcore.paper.tables; "
+    program += "sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 def test_the_reference_is_up_to_date():
-    written = runpy.run_path(str(ROOT / "scripts/config_reference.py"))
-    assert written["README"].read_text() == written["page"](), "run: python scripts/config_reference.py"
+    written = runpy.run_path(str(ROOT / "scripts/tools/config_reference.py"))
+    assert written["PAGE"].read_text() == written["page"](), "run: python scripts/tools/config_reference.py"
 
 
 def with_variants(**variants) -> dict:

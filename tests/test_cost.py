@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tcore import cost
+from tcore.experiment import cost
 from tcore.files import save_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,7 +21,8 @@ CELL = "scenes-badencoder/{0}-badnets/0"
 def command(script: str, record: str, settings: dict | None = None) -> str:
     given = f" --settings '{json.dumps(settings)}'" if settings else ""
     return (
-        f"Shell command: python scripts/{script}.py{given} --seed 0 --record data/{record} > data/logs/x 2>&1"
+        f"Shell command: python $TCORE/scripts/{script}.py{given} --seed 0 --record data/{record}"
+        " > data/logs/x 2>&1"
     )
 
 
@@ -88,7 +89,7 @@ def test_steps_without_a_record_are_those_of_the_demo(data):
 
 def test_the_demo_is_measured_in_every_step():
     found = subprocess.run(
-        [sys.executable, "scripts/estimate_cost.py", "--data", "nowhere", "--", "--forceall"],
+        [sys.executable, "scripts/tools/estimate_cost.py", "--data", "nowhere", "--", "--forceall"],
         cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     assert "bootstrap" in found and "unknown" not in found and "another method" not in found
@@ -96,6 +97,9 @@ def test_the_demo_is_measured_in_every_step():
 
 def test_no_plan_is_an_error():
     run = subprocess.run(
-        [sys.executable, "scripts/estimate_cost.py", "tabel_2"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "scripts/tools/estimate_cost.py", "tabel_2"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 1 and "there is no plan" in run.stderr and "tabel_2" in run.stderr

@@ -12,12 +12,14 @@ import torch
 import yaml
 from PIL import Image
 
-from tcore import marks, poisoning, registry, seeds, triggers
+from tcore import seeds
 from tcore.data.images import ImageSet, read_images, write_images
 from tcore.dataset_attacks import adap_blend, adap_patch, adaptive, badnets, blended, clean, sig, tact, wanet
 from tcore.encoder_attacks import badencoder
+from tcore.experiment import registry
+from tcore.experiment.settings import resolve
 from tcore.files import InputError, load_table
-from tcore.settings import resolve
+from tcore.poisoning import marks, poisoned, triggers
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "poison_dataset.py"
@@ -69,37 +71,37 @@ def attack(name, images, encoder_trigger=None, seed=0, **settings):
 )
 def test_counts_at_the_papers_ratio(data, size, dirty, clean_label):
     labels = np.r_[np.full(size, 2), np.zeros(10, int)]
-    assert poisoning.count(labels, 2, 0.2) == dirty
-    assert poisoning.count(labels, 2, 0.2, clean_label=True) == clean_label
+    assert poisoned.count(labels, 2, 0.2) == dirty
+    assert poisoned.count(labels, 2, 0.2, clean_label=True) == clean_label
 
 
 def test_counts_are_exact_where_floats_are_not():
     thousand = np.zeros(1000, int)
     for permille in range(500):
-        assert poisoning.count(thousand, 0, permille / 1000, clean_label=True) == permille
-        assert poisoning.count(thousand, 0, permille / 1000) == permille * 1000 // (1000 - permille)
+        assert poisoned.count(thousand, 0, permille / 1000, clean_label=True) == permille
+        assert poisoned.count(thousand, 0, permille / 1000) == permille * 1000 // (1000 - permille)
     assert int(50000 * 0.009) == 449
-    assert poisoning.count(np.zeros(50000, int), 0, 0.009, clean_label=True) == 450
+    assert poisoned.count(np.zeros(50000, int), 0, 0.009, clean_label=True) == 450
 
 
 @pytest.mark.parametrize("ratio", [1.0, -0.1])
 def test_impossible_ratio(ratio):
     with pytest.raises(InputError, match="ratio"):
-        poisoning.count(np.zeros(5, int), 0, ratio)
+        poisoned.count(np.zeros(5, int), 0, ratio)
 
 
 def test_choice_is_nested_eligible_and_seeded():
     eligible = np.arange(1000) % 3 == 0
-    ten, fifty = (poisoning.choose(eligible, n, 1, "x") for n in (10, 50))
+    ten, fifty = (poisoned.choose(eligible, n, 1, "x") for n in (10, 50))
     assert set(ten) < set(fifty)
     assert eligible[fifty].all()
     assert len(set(fifty)) == 50
     assert (np.diff(fifty) > 0).all()
-    assert not np.array_equal(ten, poisoning.choose(eligible, 10, 2, "x"))
-    assert not np.array_equal(ten, poisoning.choose(eligible, 10, 1, "y"))
-    assert np.array_equal(poisoning.choose(eligible, 334, 1, "x"), np.flatnonzero(eligible))
+    assert not np.array_equal(ten, poisoned.choose(eligible, 10, 2, "x"))
+    assert not np.array_equal(ten, poisoned.choose(eligible, 10, 1, "y"))
+    assert np.array_equal(poisoned.choose(eligible, 334, 1, "x"), np.flatnonzero(eligible))
     with pytest.raises(InputError, match=r"335 .* 334"):
-        poisoning.choose(eligible, 335, 1, "x")
+        poisoned.choose(eligible, 335, 1, "x")
 
 
 def test_paste_is_exact():

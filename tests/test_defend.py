@@ -11,8 +11,9 @@ import pandas as pd
 import pytest
 import torch
 
-from tcore import defense, registry
 from tcore.data.images import ImageSet, write_images
+from tcore.defenses import _interface as defense
+from tcore.experiment import registry
 from tcore.files import load_json, load_table, save_json, save_table, save_tensors
 from tcore.models.classifier import load_classifier, save_classifier
 from tests.test_defenses import tiny

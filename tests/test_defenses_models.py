@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tcore import defense, registry
+from tcore.defenses import _interface as defense
 from tcore.defenses import _training as training
 from tcore.defenses import abl, cbd, clp, ft_sam, i_bau, ssl_distillation
+from tcore.experiment import registry
 from tcore.files import InputError
 from tcore.models import head as heads
 from tcore.models.channels import norms_behind

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from tcore import metrics
-from tcore.defense import Received
 from tcore.defenses import ac, asset, ct, ibd_psc, meta_sift, scale_up, spectral, spectre, strip
+from tcore.defenses._interface import Received
+from tcore.evaluation import metrics
 from tcore.models import head as heads
 from tcore.models.classifier import Classifier, logits
 from tcore.models.encoder import Encoder, floats

@@ -16,7 +16,7 @@ from tcore.models import head as heads
 from tcore.models.classifier import Classifier, load_classifier, save_classifier
 from tcore.models.efficientnet import SameConv
 from tcore.models.encoder import Encoder, extract_features, load_encoder, save_encoder
-from tcore.models.foreign import import_encoder
+from tcore.received.checkpoint import import_encoder
 from tcore.torchvision_cpu import torchvision
 
 HALVES = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from toys import CPU, TinyEncoder, toy
 
-from tcore import triggers
 from tcore.data.images import write_images
 from tcore.encoder_attacks import badencoder, clean
 from tcore.encoder_attacks._implant import Features
 from tcore.encoder_attacks._references import choose_references
 from tcore.files import InputError, load_json
 from tcore.models.encoder import Encoder, extract_features, load_encoder, save_encoder
+from tcore.poisoning import triggers
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "poison_encoder.py"
 SETTINGS = badencoder.Settings(epochs=30, batch=32, lr=0.01, lambda2=2.0, size=6, reference_augmentations=4)

@@ -13,7 +13,7 @@ from torch import nn
 
 from tcore.files import InputError
 from tcore.models.encoder import Encoder, extract_features, load_encoder
-from tcore.models.foreign import import_encoder, read_checkpoint
+from tcore.received.checkpoint import import_encoder, read_checkpoint
 from tcore.torchvision_cpu import torchvision
 
 SCRIPT = Path(__file__).parents[1] / "scripts/import_encoder.py"

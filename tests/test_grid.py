@@ -2,7 +2,7 @@
 
 import pytest
 
-from tcore import grid
+from tcore.experiment import grid
 from tcore.files import InputError
 
 CONFIG = {

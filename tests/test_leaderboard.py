@@ -8,7 +8,9 @@ import pandas as pd
 import pytest
 from test_report import Tags
 
-from tcore import grid, leaderboard, report, results
+from tcore.evaluation import leaderboard, results
+from tcore.experiment import grid
+from tcore.report import report
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "workflow/report.html.jinja"
 NAMES = {"pretrain": "scenes", "downstream": "signs", "encoder_attack": "clean", "dataset_attack": "badnets"}

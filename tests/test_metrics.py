@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from tcore import metrics, results
+from tcore.evaluation import metrics, results
 from tcore.files import InputError
 
 LABELS = np.array([0, 0, 1, 1, 1, 2, 2, 2])

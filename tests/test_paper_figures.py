@@ -17,16 +17,19 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
-from tcore import grid, metrics, paper_figure, registry, settings, triggers
 from tcore.data.images import ImageSet, write_images
 from tcore.dataset_attacks import badnets
-from tcore.defense import Received
 from tcore.defenses import clp, ct
+from tcore.defenses._interface import Received
+from tcore.evaluation import metrics
+from tcore.experiment import grid, registry, settings
 from tcore.files import InputError, load_json, save_table, save_tensors
 from tcore.models import head as heads
 from tcore.models.classifier import Classifier, logits, save_classifier
 from tcore.models.encoder import Encoder, extract_features
-from tcore.paper_figures import _drawing, _victim, figure_1, figure_2, figure_3, figure_5, figure_6
+from tcore.paper.figures import _declared as paper_figure
+from tcore.paper.figures import _drawing, _victim, figure_1, figure_2, figure_3, figure_5, figure_6
+from tcore.poisoning import triggers
 from tcore.stages import expand
 from tcore.stages.bootstrap import norms_behind
 
@@ -490,7 +493,7 @@ def test_a_curve_is_the_mean_over_seeds(victim):
 
 
 def test_no_stand_in_colour_is_left():
-    assert not set(_drawing.figures.ROLES) & set(_drawing.STYLE.values())
+    assert not set(_drawing.charts.ROLES) & set(_drawing.STYLE.values())
 
 
 # --- files ----------------------------------------------------------------------------------------

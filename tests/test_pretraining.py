@@ -9,8 +9,9 @@ import torch
 from scipy import ndimage
 from toys import CPU, toy
 
+from tcore.data import augment
 from tcore.models.knn import knn_accuracy
-from tcore.pretraining import augment, moco, simclr
+from tcore.pretraining import moco, simclr
 
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 SETTINGS = simclr.Settings(architecture="resnet_narrow", epochs=3, batch=32, projection=16, lr=0.003)

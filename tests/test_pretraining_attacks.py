@@ -10,12 +10,13 @@ import torch
 from scipy import stats
 from toys import toy
 
-from tcore import registry, triggers
+from tcore.data import augment
 from tcore.data.images import ImageSet, read_images, write_images
 from tcore.dataset_attacks import adaptive
 from tcore.encoder_attacks import _patch, corruptencoder, ctrl, sslbackdoor
+from tcore.experiment import registry
 from tcore.files import InputError, load_json, load_table
-from tcore.pretraining import augment
+from tcore.poisoning import triggers
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "poison_images.py"
 TARGET = 3

@@ -1,12 +1,14 @@
 """Digests of code, on a small project with a script, a method and what they import."""
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tcore import provenance
+from tcore.running import provenance
 
 FILES = {
     "scripts/step.py": "from tcore.common import f\n\n\ndef main():\n    import tcore.late\n",
@@ -104,11 +106,53 @@ def test_methods_differ_and_a_digest_is_repeatable(project):
 
 def test_the_closure_holds_what_python_loads():
     """On our own code, in a fresh process."""
-    root = Path(provenance.__file__).resolve().parents[1]
-    program = "import sys, tcore.config; print(*(m.__file__ for m in list(sys.modules.values())"
+    root = provenance.ROOT
+    program = "import sys, tcore.experiment.config; print(*(m.__file__ for m in list(sys.modules.values())"
     program += " if m.__name__.startswith('tcore')))"
     command = [sys.executable, "-c", program]
     loaded = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.split()
-    closure = provenance.closure([root / "tcore/config.py"])
+    closure = provenance.closure([root / "tcore/experiment/config.py"])
     assert {Path(file) for file in loaded} <= set(closure)
-    assert root / "tcore/registry.py" in closure
+    assert root / "tcore/experiment/registry.py" in closure
+
+
+DIGESTS = """
+import sys
+from pathlib import Path
+from tcore.running import provenance
+print([provenance._scan(path)[0] for path in sorted(Path("tcore").rglob("*.py"))])
+print(provenance._scan(Path(sys.argv[1]))[0])
+"""
+HARD = """def f(x, y="", *z): return f"a{{b}}{x!r:>{y}} c" "d" f"{z}", type(x), b"e" b"f", 1_000j\n"""
+
+
+@pytest.mark.parametrize("version", ["3.12", "3.13"])
+def test_another_version_of_python_finds_the_same_digests(version, tmp_path):
+    (tmp_path / "hard.py").write_text(HARD)
+
+    def call(python, *arguments):
+        environment = os.environ | {"PYENV_VERSION": version}  # where pyenv stands in for it
+        options = {"cwd": provenance.ROOT, "env": environment, "capture_output": True, "text": True}
+        return subprocess.run([python, *arguments], **options)
+
+    python = shutil.which(f"python{version}")
+    if python is None or call(python, "--version").returncode:
+        pytest.skip(f"there is no Python {version}")
+    found = [call(each, "-c", DIGESTS, str(tmp_path / "hard.py")) for each in (sys.executable, python)]
+    assert [run.returncode for run in found] == [0, 0], found[1].stderr
+    assert found[0].stdout == found[1].stdout and len(found[0].stdout) > 64 * 100
+
+
+def test_an_empty_argument_is_an_argument(changes):
+    (provenance.ROOT / "tcore/common.py").write_text("def f(x):\n    return x()\n")
+    assert changes("tcore/common.py", "def f(x):\n    return x('')\n")
+
+
+def test_other_files_count_by_their_bytes(project):
+    (project / "page.html").write_text("one")
+    before = provenance.code("step", files=("page.html",))
+    provenance.code.cache_clear()
+    assert before == provenance.code("step", files=("page.html",)) != provenance.code("step")
+    provenance.code.cache_clear()
+    (project / "page.html").write_text("two")
+    assert before != provenance.code("step", files=("page.html",))

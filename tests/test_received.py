@@ -19,17 +19,20 @@ import yaml
 from PIL import Image
 
 from tcore import __main__ as command
-from tcore import audit, grid, memory, metrics, provenance, received, registry
-from tcore.config import require_files, validate
 from tcore.data.images import ImageSet, read_images, write_images
 from tcore.data.sources import imagefolder, parquet
 from tcore.data.sources._reading import decode
+from tcore.evaluation import metrics
+from tcore.experiment import grid, registry
+from tcore.experiment.config import require_files, validate
 from tcore.files import InputError
 from tcore.models import head as heads
 from tcore.models.channels import layers
 from tcore.models.classifier import Classifier, save_classifier
 from tcore.models.encoder import ARCHITECTURES, Encoder, floats
-from tcore.models.export import export
+from tcore.received import audit, check
+from tcore.received.export import export
+from tcore.running import memory, provenance
 from tcore.stages import bootstrap, expand, filter_channels, sift
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -156,10 +159,10 @@ def planned(tmp_path):
 
 def test_nothing_on_this_path_asks_for_a_truth_and_no_stage_for_held_out_images(planned):
     plan, _, folder = planned
-    lines = [line for line in plan("--printshellcmds").stdout.splitlines() if "python scripts/" in line]
+    lines = [line for line in plan("--printshellcmds").stdout.splitlines() if "$TCORE/scripts/" in line]
     text = "\n".join(lines)
     assert not re.search("truth|trigger|poison", text)
-    commands = re.findall(r"python scripts/(\w+)\.py .*", text)
+    commands = re.findall(r"python \$TCORE/scripts/(\w+)\.py .*", text)
     steps = "import_encoder prepare_dataset check_received extract_features train_head sift expand "
     steps += "filter_channels bootstrap predict predict export_model audit"
     assert sorted(commands) == sorted(steps.split())
@@ -197,25 +200,23 @@ def images_of(*counts: int, size: int = 8, seed: int = 0) -> ImageSet:
 
 def test_every_class_needs_a_seed_and_a_core_point():
     settings = sift.Settings(seed_share=0.1)
-    assert received.check_classes(images_of(10, 35), settings) == {
+    assert check.check_classes(images_of(10, 35), settings) == {
         "smallest": 10,
         "largest": 35,
         "seeds_of_smallest": 1,
     }
     with pytest.raises(InputError, match=r"need 10 .*'class 1' has 9; .*seed_share to 0.1112"):
-        received.check_classes(images_of(10, 9), settings)
-    assert (
-        received.check_classes(images_of(10, 9), sift.Settings(seed_share=0.1112))["seeds_of_smallest"] == 1
-    )
+        check.check_classes(images_of(10, 9), settings)
+    assert check.check_classes(images_of(10, 9), sift.Settings(seed_share=0.1112))["seeds_of_smallest"] == 1
     with pytest.raises(InputError, match=r"'class 0' has 1; add images or leave such classes out$"):
-        received.check_classes(images_of(1, 30), settings)
+        check.check_classes(images_of(1, 30), settings)
     with pytest.raises(InputError, match=r"'class 1' has 0"):
-        received.check_classes(images_of(30, 0, 30), settings)
+        check.check_classes(images_of(30, 0, 30), settings)
     for share in (0, -1, 1, 20):
         with pytest.raises(InputError, match=r"seed_share = .* between 0 and 1"):
-            received.check_classes(images_of(30, 30), sift.Settings(seed_share=share))
+            check.check_classes(images_of(30, 30), sift.Settings(seed_share=share))
     with pytest.raises(InputError, match=r"and so on, 1000 classes in all"):
-        received.check_classes(images_of(*[2] * 1000), settings)
+        check.check_classes(images_of(*[2] * 1000), settings)
 
 
 def test_repeats_by_hand():
@@ -223,7 +224,7 @@ def test_repeats_by_hand():
     images.pixels[1] = images.pixels[0]  # the same label
     images.pixels[5] = images.pixels[0]  # another label
     images.pixels[7] = images.pixels[6]
-    assert received.repeats(images) == {"duplicates": 3, "contradictions": 1}
+    assert check.repeats(images) == {"duplicates": 3, "contradictions": 1}
 
 
 def test_passes_count_what_bootstrapping_trains_on(monkeypatch):
@@ -259,26 +260,26 @@ def test_passes_count_what_bootstrapping_trains_on(monkeypatch):
         0,
     )
     channels = filter_channels.Settings(unlearn_epochs=0, epochs=0)
-    assert received.passes(n, sift.Settings(), expand.Settings(subset_share=0.1), channels, pooling) == (
+    assert check.passes(n, sift.Settings(), expand.Settings(subset_share=0.1), channels, pooling) == (
         sum(trained),
         sum(looked),
     )
     more = filter_channels.Settings(unlearn_epochs=2, epochs=5)
-    found = received.passes(n, sift.Settings(), expand.Settings(subset_share=0.1), more, pooling)
+    found = check.passes(n, sift.Settings(), expand.Settings(subset_share=0.1), more, pooling)
     assert found == (sum(trained) + 2 * 40 + 5 * 4, sum(looked))
 
 
 def test_the_check_as_a_whole():
     stages = (sift.Settings(), expand.Settings(), filter_channels.Settings(), bootstrap.Settings())
-    found = received.check(Encoder("resnet_tiny", 8), images_of(100, 120), *stages)
+    found = check.check(Encoder("resnet_tiny", 8), images_of(100, 120), *stages)
     assert found["images"] == 220 and found["classes"] == 2 and found["seeds_of_smallest"] == 1
     assert found["seconds"] > 0 and found["duplicates"] == found["contradictions"] == 0
     for position, change in ((1, {"subset_share": 1.0}), (2, {"untrusted_share": -0.1}), (3, {"rho": 90})):
         wrong = [replace(s, **change) if i == position else s for i, s in enumerate(stages)]
         with pytest.raises(InputError, match=rf"{next(iter(change))} = .* between 0 and 1"):
-            received.check(Encoder("resnet_tiny", 8), images_of(100, 120), *wrong)
+            check.check(Encoder("resnet_tiny", 8), images_of(100, 120), *wrong)
     with pytest.raises(InputError, match="takes 16x16 images, these are 8x8; set image_size"):
-        received.check(Encoder("resnet_tiny", 16), images_of(100, 120), *stages)
+        check.check(Encoder("resnet_tiny", 16), images_of(100, 120), *stages)
 
 
 # The audit
@@ -430,14 +431,14 @@ def test_secure_writes_the_configuration_that_its_flags_say(monkeypatch, tmp_pat
     (tmp_path / "e.pth").touch()
     (tmp_path / "set of images").mkdir()
     called = []
-    monkeypatch.setattr(command, "ROOT", tmp_path)
     monkeypatch.setattr(
-        command.subprocess, "run", lambda c, cwd: called.append(c) or subprocess.CompletedProcess(c, 1)
+        command.subprocess, "run", lambda c: called.append(c) or subprocess.CompletedProcess(c, 1)
     )
     flags = (
         f"secure --encoder {tmp_path}/e.pth --architecture resnet18 --image-size 64 --name my_set --seed 3"
     )
     flags += " --mean 0.1 0.2 0.3 --std 0.4 0.5 0.6 --seed-share 0.05 --untrusted-share 0.4"
+    flags += f" --directory {tmp_path}"
     with pytest.raises(InputError, match="it stopped"):
         run_command(monkeypatch, flags, tmp_path / "set of images")
     path = tmp_path / "data/own/my_set.yaml"
@@ -447,7 +448,7 @@ def test_secure_writes_the_configuration_that_its_flags_say(monkeypatch, tmp_pat
     log.parent.mkdir(parents=True)
     said = "reading\nerror: a class is small; add images\n"
 
-    def stops(command, cwd):
+    def stops(command):
         log.write_text(said)
         return subprocess.CompletedProcess(command, 1)
 
@@ -455,7 +456,7 @@ def test_secure_writes_the_configuration_that_its_flags_say(monkeypatch, tmp_pat
     with pytest.raises(InputError, match=r"^a class is small; add images \(data/logs/sift/a.log\)$"):
         run_command(monkeypatch, flags, tmp_path / "set of images")
 
-    def interrupts(command, cwd):
+    def interrupts(command):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(command.subprocess, "run", interrupts)
@@ -542,7 +543,7 @@ def test_an_empty_folder_and_a_class_of_one_image(tmp_path):
         "train"
     ]
     with pytest.raises(InputError, match="'cat' has 1"):
-        received.check_classes(train, sift.Settings())
+        check.check_classes(train, sift.Settings())
 
 
 def test_folders_that_are_no_classes_and_classes_that_only_the_test_has(tmp_path):
@@ -593,7 +594,7 @@ def test_unpacked_images_are_read_back_as_they_were(tmp_path, monkeypatch):
     pd.DataFrame(rows).to_parquet(tmp_path / "t.parquet")
     flags = ["unpack_images.py", "--parquet", str(tmp_path / "t.parquet"), "--folder", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", flags)
-    runpy.run_path(str(ROOT / "scripts/unpack_images.py"), run_name="__main__")
+    runpy.run_path(str(ROOT / "scripts/tools/unpack_images.py"), run_name="__main__")
     splits = imagefolder.load(imagefolder.Settings(path=str(tmp_path / "out"), image_size=8), {})
     expected = np.asarray(Image.open(content))
     for split in splits.values():
@@ -665,18 +666,18 @@ def own(tmp_path, monkeypatch):
 def test_memory_of_a_step_by_hand(own):
     """The convolution keeps its input, batch norm its input, relu its output: (5, 6, 6) of (3, 8, 8)."""
     encoder = own("nets_of_mine:Plain", 8).eval()
-    blocks = received.saved_blocks(encoder, 10)
+    blocks = check.saved_blocks(encoder, 10)
     assert sum(blocks) == 10 * 4 * (3 * 64 + 2 * 5 * 36) and max(blocks) == 10 * 4 * 3 * 64
     few, many = images_of(3, 3), images_of(3, 3000)
     weights = 4 * (3 * 5 * 9 + 5 + 5 + 5)  # of the convolution, its bias, and of the normalisation
     step = 1.5 * sum(blocks) + 3 * weights + 4 * max(blocks)
-    assert received.memory_needed(encoder, few, 10) == int(1.5 * few.pixels.nbytes + step)
-    assert received.memory_needed(encoder, many, 10) == 1.5 * many.pixels.nbytes + 12 * 3000**2
+    assert check.memory_needed(encoder, few, 10) == int(1.5 * few.pixels.nbytes + step)
+    assert check.memory_needed(encoder, many, 10) == 1.5 * many.pixels.nbytes + 12 * 3000**2
 
 
 STEPS = """
 import torch
-from tcore import received
+from tcore.received import check
 from tcore.models.encoder import Encoder, floats
 
 def kib(field):
@@ -685,7 +686,7 @@ def kib(field):
 torch.set_num_threads(1)
 encoder = Encoder("resnet_narrow", 32)
 none = type("Images", (), {"labels": [0], "pixels": torch.zeros(0)})
-needed = received.memory_needed(encoder, none, 128)
+needed = check.memory_needed(encoder, none, 128)
 encoder = encoder.to(memory_format=torch.channels_last).train()
 optimizer = torch.optim.Adam(encoder.parameters())
 images = torch.zeros(128, 3, 32, 32, dtype=torch.uint8)
@@ -714,13 +715,13 @@ def test_memory_of_a_step_of_a_narrow_network_as_measured():
 def test_too_little_memory_and_a_network_that_does_not_do_are_said(own, monkeypatch):
     stages = (sift.Settings(), expand.Settings(), filter_channels.Settings(), bootstrap.Settings())
     images = images_of(100, 120)
-    assert received.check(own("nets_of_mine:Plain", 8), images, *stages)["memory_mb"] >= 0
+    assert check.check(own("nets_of_mine:Plain", 8), images, *stages)["memory_mb"] >= 0
     with pytest.raises(InputError, match="no normalisation layers"):
-        received.check(own("nets_of_mine:Bare", 8), images, *stages)
+        check.check(own("nets_of_mine:Bare", 8), images, *stages)
     with pytest.raises(
         InputError, match=r"nets_of_mine:Frozen: .*stages do not work .* need convolutions or"
     ):
-        received.check(own("nets_of_mine:Frozen", 8), images, *stages)
+        check.check(own("nets_of_mine:Frozen", 8), images, *stages)
     monkeypatch.setattr(memory, "free", lambda: 1000)
     with pytest.raises(InputError, match=r"toy: T-Core on 220 images of 8 pixels, 128 a step, needs"):
-        received.check(own("nets_of_mine:Plain", 8), images, *stages)
+        check.check(own("nets_of_mine:Plain", 8), images, *stages)

@@ -18,9 +18,11 @@ import pytest
 import torch
 from PIL import Image
 
-from tcore import closeups, grid, registry, report, results
 from tcore.data.images import ImageSet, write_images
+from tcore.evaluation import results
+from tcore.experiment import grid, registry
 from tcore.files import InputError, load_json, load_tensors, save_json, save_table, save_tensors
+from tcore.report import closeups, report
 
 ROOT = Path(__file__).resolve().parents[1]
 ATTACKS = {

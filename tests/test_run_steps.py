@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts/run_steps.py"
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts/tools/run_steps.py"
 PLAN = """Job stats:
 Shell command: cp data/own/a.txt data/made/b.txt > data/logs/b.log 2>&1
 Reason: Missing output files: data/made/b.txt

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from tcore import triggers
 from tcore.data.images import read_images, write_images
 from tcore.data.sources import signs
 from tcore.encoder_attacks import badencoder
 from tcore.files import load_table, load_tensors
 from tcore.models.classifier import load_classifier
+from tcore.poisoning import triggers
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 HEAD = {"head": {"hidden": [16, 8], "epochs": 2}}
@@ -122,8 +122,8 @@ def test_the_baseline_counts_triggered_images_of_other_classes(chain, tmp_path, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tcore.models.classifier.load_classifier", lambda path: Always())
         patch.setattr(sys, "argv", [*options, str(tmp_path / "t")])
-        runpy.run_path(str(SCRIPTS / "baseline.py"), run_name="__main__")
+        runpy.run_path(str(SCRIPTS / "tools/baseline.py"), run_name="__main__")
         assert capsys.readouterr().out.splitlines()[1].startswith("badencoder,3,1.0000,")
         patch.setattr(sys, "argv", [*options, str(tmp_path / "clean")])
         with pytest.raises(SystemExit, match="clean: a trigger of no attack"):
-            runpy.run_path(str(SCRIPTS / "baseline.py"), run_name="__main__")
+            runpy.run_path(str(SCRIPTS / "tools/baseline.py"), run_name="__main__")

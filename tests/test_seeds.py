@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from tcore import registry, seeds
+from tcore import seeds
+from tcore.experiment import registry
 from tcore.files import InputError
 
 

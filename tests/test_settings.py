@@ -7,9 +7,9 @@ from collections import Counter
 
 import pytest
 
-from tcore import registry, settings
+from tcore.experiment import registry, settings
+from tcore.experiment.settings import FAMILIES, fields, methods, resolve
 from tcore.files import InputError
-from tcore.settings import FAMILIES, fields, methods, resolve
 
 EVERY = [(method, field) for method, path in methods().items() for field in fields(path).values()]
 

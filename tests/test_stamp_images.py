@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from tcore import triggers
 from tcore.dataset_attacks import adap_patch, sig
+from tcore.poisoning import triggers
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "stamp_images.py"
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts/tools/stamp_images.py"
 
 
 def run(*arguments) -> None:

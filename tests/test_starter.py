@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tcore import starter
+from tcore.running import starter
 
 TELL = """
 import json, os, sys
@@ -92,7 +92,7 @@ def test_a_step_ends_with_its_client(server, tmp_path):
 
 
 def test_the_server_ends_with_the_process_that_started_it(tmp_path):
-    code = "import time; from tcore import starter; server = starter.start(); "
+    code = "import time; from tcore.running import starter; server = starter.start(); "
     code += "print(server.pid, flush=True); time.sleep(60)"
     starting = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     pid = int(starting.stdout.readline())

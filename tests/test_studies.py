@@ -15,7 +15,6 @@ import pytest
 import torch
 from PIL import Image
 
-from tcore import triggers
 from tcore.data.images import read_images, write_images
 from tcore.data.sources import signs
 from tcore.encoder_attacks import badencoder
@@ -24,8 +23,9 @@ from tcore.models import head as heads
 from tcore.models.channels import layers
 from tcore.models.classifier import Classifier, save_classifier
 from tcore.models.encoder import Encoder, save_encoder
+from tcore.poisoning import triggers
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts/studies"
 
 
 def run(name: str, *arguments) -> None:
@@ -65,8 +65,8 @@ def test_implantation_in_small(parquet, tmp_path):
         "--output",
         tmp_path / "out.csv",
     ]
-    run("study_implantation", *common, "--attacks", "sig", "tact", "--encoder", tmp_path / "encoder")
-    run("study_implantation", *common, "--attacks", "badnets", "--settings", '{"ratio": 0.5}')
+    run("implantation", *common, "--attacks", "sig", "tact", "--encoder", tmp_path / "encoder")
+    run("implantation", *common, "--attacks", "badnets", "--settings", '{"ratio": 0.5}')
     found = pd.read_csv(tmp_path / "out.csv")
     assert found["attack"].tolist() == ["sig"] * 2 + ["tact"] * 2 + ["badnets"]
     assert found["victim"].tolist() == ["end to end", "frozen encoder"] * 2 + ["end to end"]
@@ -102,7 +102,7 @@ def test_what_an_encoder_attack_did_by_hand(tmp_path):
     save_json(folder / "pretrain_encoder.run.json", record | {"peak_ram_mb": 400.0, "log": {}})
     save_json(tmp_path / "encoders/theirs-clean/0/pretrain_encoder.run.json", record)
     options = ["--data", tmp_path, "--pretrain", "theirs", "--downstream", "mine", "--attacks", "badencoder"]
-    run("study_encoder_attacks", *options, "--output", tmp_path / "out.csv")
+    run("encoder_attacks", *options, "--output", tmp_path / "out.csv")
     found = pd.read_csv(tmp_path / "out.csv").iloc[0]
     assert found["acc"] == pytest.approx((test.labels == 0).mean())
     assert found["acc_clean"] == pytest.approx((test.labels == 2).mean())
@@ -151,7 +151,7 @@ def test_what_expansion_lets_in_is_counted(attacked_cell):
         "all": {"within_core": False, "subset_share": 1.0, "steps": 20},
     }
     run(
-        "study_expansion",
+        "expansion",
         *("--data", attacked_cell, "--cells", "theirs-badencoder/mine-adaptive/0", "--output", out),
         *("--settings", json.dumps(choices)),
     )
@@ -167,7 +167,7 @@ def test_pruned_channels_give_nothing_and_the_others_what_they_gave(attacked_cel
     out = attacked_cell / "out.csv"
     settings = '{"random": {"rank": "random"}, "short": {"epochs": 1, "unlearn_epochs": 1}}'
     cell = ("--data", attacked_cell, "--cell", "theirs-badencoder/mine-adaptive/0")
-    run("study_channels", *cell, "--head", '{"epochs": 2}', "--settings", settings, "--output", out)
+    run("channels", *cell, "--head", '{"epochs": 2}', "--settings", settings, "--output", out)
     found = pd.read_csv(out).set_index("settings")
     assert found.index.tolist() == ["random", "short"] and found[["acc", "asr"]].stack().between(0, 1).all()
     assert np.isnan(found["recovered"]["random"]) and 0 <= found["recovered"]["short"] <= 1
@@ -176,6 +176,6 @@ def test_pruned_channels_give_nothing_and_the_others_what_they_gave(attacked_cel
     untrusted["conv1"][:3] = True
     before, after = (
         torch.relu(e.bn1(e.conv1(torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)))))
-        for e in (encoder.eval(), sys.modules["study_channels"].prune(encoder, untrusted))
+        for e in (encoder.eval(), sys.modules["channels"].prune(encoder, untrusted))
     )
     assert not after[:, :3].any() and torch.equal(before[:, 3:], after[:, 3:])

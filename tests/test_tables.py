@@ -10,8 +10,10 @@ import pandas as pd
 import pytest
 import yaml
 
-from tcore import comparison, grid, results, tables
+from tcore.evaluation import results
+from tcore.experiment import grid
 from tcore.files import InputError
+from tcore.paper import comparison, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = ROOT / "config/paper.csv"

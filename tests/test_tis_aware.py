@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from toys import CPU, toy
 
-from tcore import triggers
 from tcore.data.images import read_images, write_images
 from tcore.dataset_attacks import tis_aware
 from tcore.files import InputError, load_json, load_table
 from tcore.models import head as heads
 from tcore.models.classifier import Classifier
 from tcore.models.encoder import Encoder, extract_features, load_encoder, save_encoder
+from tcore.poisoning import triggers
 from tcore.stages import sift
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "poison_dataset.py"

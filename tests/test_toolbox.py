@@ -9,12 +9,12 @@ import pandas as pd
 import pytest
 import torch
 
-from tcore.data import toolbox
 from tcore.data.images import ImageSet, read_images, write_images
 from tcore.dataset_attacks import wanet
 from tcore.files import InputError, load_table, save_table
+from tcore.poisoning import toolbox
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts/tools"
 
 
 @pytest.fixture

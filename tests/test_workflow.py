@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
+from snakemake.utils import update_config
 
-from tcore import alive, provenance, registry
-from tcore.settings import FAMILIES
+from tcore.experiment import registry
+from tcore.experiment.settings import FAMILIES
+from tcore.running import alive, provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -416,10 +419,94 @@ def test_the_run_leaves_a_report_and_is_then_up_to_date(finished):
     assert stale(finished) == {}
 
 
+def test_records_name_configuration_and_commit(finished):
+    for name in ("data/datasets/signs/prepare_dataset", "data/results/make_report"):
+        record = json.loads((finished / f"{name}.run.json").read_text())
+        assert record["config"] == "config/config.yaml config/smoke.yaml"
+        assert record["commit"] is None  # this copy is no checkout
+    assert (
+        "Configuration config/config.yaml + config/smoke.yaml"
+        in (finished / "data/results/report.html").read_text()
+    )
+
+
+def test_what_people_look_at_is_in_snakemakes_own_report(finished):
+    snakemake(finished, "--report", "all.html", *SMOKE)
+    page = (finished / "all.html").read_text()
+    assert "report.html" in page and "table.csv" in page and "One self-contained page" in page
+    assert stale(finished) == {}
+
+
+def test_another_folder_holds_the_data_and_the_same_makes_it_stale(finished, tmp_path):
+    for name in ("data", ".snakemake"):
+        shutil.copytree(finished / name, tmp_path / name)
+    there = ("--snakefile", str(finished / "Snakefile"), "--directory", str(tmp_path))
+    module = finished / "tcore/stages/bootstrap.py"
+    text = module.read_text()
+    away = finished / "data-away"
+    (finished / "data").rename(away)
+    try:
+        assert stale(finished, *there) == {}
+        module.write_text(f"{text}\n# a comment\n")
+        assert stale(finished, *there) == {}
+        module.write_text(f"{text}\nANOTHER = 1\n")
+        assert stale(finished, *there) == {"bootstrap": 1} | measured(1)
+        module.write_text(text)
+        (tmp_path / "seeds.yaml").write_text("seeds: [0, 1]")
+        assert stale(finished, str(tmp_path / "seeds.yaml"), *there)["sift"] == 1
+        (tmp_path / "data/results/report.html").unlink()
+        assert stale(finished, *there) == {"make_report": 1, "all": 1}
+        snakemake(finished, "--cores", "1", *SMOKE, *there)
+        assert stale(finished, *there) == {}
+        assert not (finished / "data/results").exists()
+    finally:
+        module.write_text(text)
+        shutil.rmtree(finished / "data", ignore_errors=True)
+        away.rename(finished / "data")
+
+
+MODULE = """
+configfile: "mine.yaml"
+
+module secure:
+    snakefile: "{root}/Snakefile"
+    config: config
+
+use rule * from secure as secure_*
+
+rule count:
+    default_target: True
+    input: "data/datasets/signs/train.parquet", "{metrics}"
+    output: "counted.txt"
+    shell: "ls {{input}} | wc -l > {{output}}"
+"""
+
+
+def test_another_workflow_uses_this_one_as_a_module(sources, tmp_path):
+    config = yaml.safe_load((sources / "config/config.yaml").read_text())
+    update_config(config, yaml.safe_load((sources / "config/smoke.yaml").read_text()))
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config))
+    path = "data/results/scenes-badencoder/signs-adaptive/0/none/metrics.parquet"
+    (tmp_path / "Snakefile").write_text(MODULE.format(root=sources, metrics=path))
+    snakemake(tmp_path, "--cores", "2")
+    assert (tmp_path / "counted.txt").read_text().strip() == "2"
+    assert json.loads((tmp_path / path).with_name("evaluate.run.json").read_text())["step"] == "evaluate"
+    assert "Nothing to be done" in snakemake(tmp_path, "--cores", "1", "-n")
+    assert not (sources / "data/datasets").exists()
+
+
+def test_snakemakes_linter_finds_one_thing_and_that_is_meant(sources):
+    command = [sys.executable, "-m", "snakemake", "--lint"]
+    run = subprocess.run(command, cwd=sources, capture_output=True, text=True)
+    found = set(re.findall(r"^ +\* (.*):$", run.stdout + run.stderr, re.MULTILINE))
+    # Input functions stand beside the rules that use them.
+    assert found == {"Mixed rules and functions in same snakefile."}
+
+
 def test_steps_run_without_snakemake_and_it_then_has_nothing_to_do(finished, tmp_path):
     folder = copy_sources(tmp_path)
     (folder / "plan.txt").write_text(snakemake(folder, "-n", "-p", *SMOKE))
-    run_steps = (sys.executable, "scripts/run_steps.py", "plan.txt", "--jobs", "2")
+    run_steps = (sys.executable, "scripts/tools/run_steps.py", "plan.txt", "--jobs", "2")
     call(folder, *run_steps, PYTHONPATH=str(folder))
     assert stale(folder) == {}
     # Threads differ, and with them the last digits of what is trained; not what is made of them.
@@ -551,7 +638,7 @@ def test_comments_and_formatting_make_nothing_stale(finished):
         "rules/user.smk": lambda text: text.replace("\nrule", "\n# a comment\n\nrule"),
         "config/smoke.yaml": lambda text: text.replace("sift: {", "sift:   {  ") + "\n# a comment\n",
         "config/config.yaml": lambda text: text.replace("seeds: [0]", "seeds:\n  - 0"),
-        "docs/architecture.md": lambda text: text + "more",
+        "docs/develop/architecture.md": lambda text: text + "more",
     }
     before = {name: (finished / name).read_text() for name in edits}
     try:
@@ -567,12 +654,14 @@ def test_comments_and_formatting_make_nothing_stale(finished):
 @pytest.mark.parametrize(
     ("file", "expected"),
     [
-        ("tcore/triggers.py", None),  # everything but pre-training and what only sees images
+        ("tcore/poisoning/triggers.py", None),  # everything but pre-training and what only sees images
         ("scripts/grant_clean.py", {"grant_clean": 1} | STRIP | measured(1)),
         ("tcore/defenses/strip.py", STRIP | measured(1)),
         ("tcore/encoder_attacks/badencoder.py", None),
-        ("tcore/report.py", {"make_report": 1, "all": 1}),
+        ("tcore/report/report.py", {"make_report": 1, "all": 1}),
         ("tcore/dataset_attacks/wanet.py", {}),  # of no cell
+        ("workflow/style.css", {"make_report": 1, "all": 1}),
+        ("config/paper.csv", {}),
     ],
 )
 def test_code_makes_stale_the_steps_that_run_it(finished, file, expected):

@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tcore import memory
 from tcore.files import InputError, atomic, require
+from tcore.running import memory
 
 GROUP = 2**24  # bytes of images written, and read, at a time
 

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tcore import marks, seeds, triggers
+from tcore import seeds
 from tcore.data.images import ImageSet
 from tcore.files import InputError
-from tcore.poisoning import Poisoned, check_target, choose_covers, choose_poisons, poisoned
-from tcore.triggers import Trigger
+from tcore.poisoning import marks, triggers
+from tcore.poisoning.poisoned import Poisoned, check_target, choose_covers, choose_poisons, poisoned
+from tcore.poisoning.triggers import Trigger
 
 OWNER = ("dataset_attacks", "adap_patch")
 
@@ -37,7 +38,7 @@ class Settings:
         "disc",
         "checkers",
         "square",
-    )  # drawn (tcore/marks.py), or pictures' paths
+    )  # drawn (tcore/poisoning/marks.py), or pictures' paths
     opacities: tuple[float, ...] = (0.5, 0.2, 0.5, 0.3)  # of the marks in training [Adap-Patch]
     test_marks: tuple[str, ...] = (
         "blocks",

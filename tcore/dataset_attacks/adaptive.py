@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from tcore.data.images import ImageSet
 from tcore.files import InputError
-from tcore.poisoning import Poisoned, dirty_label
-from tcore.triggers import Stamp, Trigger
+from tcore.poisoning.poisoned import Poisoned, dirty_label
+from tcore.poisoning.triggers import Stamp, Trigger
 
 TOLD = "encoder_trigger"
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tcore import triggers
 from tcore.data.images import ImageSet
 from tcore.files import InputError
-from tcore.poisoning import Poisoned, choose, count, dirty_label, poisoned
-from tcore.triggers import Trigger
+from tcore.poisoning import triggers
+from tcore.poisoning.poisoned import Poisoned, choose, count, dirty_label, poisoned
+from tcore.poisoning.triggers import Trigger
 
 OWNER = ("dataset_attacks", "badnets")
 CELLS = torch.tensor([[0, 0, 255], [0, 255, 0], [255, 0, 255]], dtype=torch.uint8)

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tcore import marks, triggers
 from tcore.data.images import ImageSet
-from tcore.poisoning import Poisoned, dirty_label
-from tcore.triggers import Trigger
+from tcore.poisoning import marks, triggers
+from tcore.poisoning.poisoned import Poisoned, dirty_label
+from tcore.poisoning.triggers import Trigger
 
 OWNER = ("dataset_attacks", "blended")
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from tcore.data.images import ImageSet
-from tcore.poisoning import Poisoned, truth
+from tcore.poisoning.poisoned import Poisoned, truth
 
 
 @dataclass(frozen=True)

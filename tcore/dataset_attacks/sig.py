@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tcore import triggers
 from tcore.data.images import ImageSet
-from tcore.poisoning import Poisoned, check_target, choose_poisons, poisoned
-from tcore.triggers import Trigger
+from tcore.poisoning import triggers
+from tcore.poisoning.poisoned import Poisoned, check_target, choose_poisons, poisoned
+from tcore.poisoning.triggers import Trigger
 
 OWNER = ("dataset_attacks", "sig")
 

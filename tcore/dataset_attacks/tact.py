@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from tcore import marks, triggers
 from tcore.data.images import ImageSet
 from tcore.files import InputError
-from tcore.poisoning import Poisoned, check_target, choose_covers, choose_poisons, poisoned
-from tcore.triggers import Trigger
+from tcore.poisoning import marks, triggers
+from tcore.poisoning.poisoned import Poisoned, check_target, choose_covers, choose_poisons, poisoned
+from tcore.poisoning.triggers import Trigger
 
 OWNER = ("dataset_attacks", "tact")
 
@@ -32,7 +32,7 @@ class Settings:
     sources: tuple[int, ...] = (9,)  # classes that become the target [T-Core, App. B.3: CIFAR-10, truck]
     cover_classes: tuple[int, ...] = (5, 6, 7)  # classes of the covers, together [T-Core: dog, frog, horse]
     target: int | None = None  # instead of the data set's target [T-Core, App. B.3: GTSRB]
-    mark: str = "square"  # a drawn mark (tcore/marks.py) or the path of a picture [ours]
+    mark: str = "square"  # a drawn mark (tcore/poisoning/marks.py) or the path of a picture [ours]
     opacity: float = 1.0  # of the mark, in steps of 0.001 [backdoor-toolbox]
 
 

@@ -32,9 +32,9 @@ from tcore.files import InputError
 from tcore.models import head as heads
 from tcore.models.classifier import Classifier
 from tcore.models.encoder import extract_features, floats, load_encoder
-from tcore.poisoning import Poisoned, check_target, dirty_label
+from tcore.poisoning.poisoned import Poisoned, check_target, dirty_label
+from tcore.poisoning.triggers import Trigger, check_size
 from tcore.stages import sift
-from tcore.triggers import Trigger, check_size
 
 OWNER = ("dataset_attacks", "tis_aware")
 TOLD = "encoder"

@@ -21,11 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tcore import seeds, triggers
+from tcore import seeds
 from tcore.data.images import ImageSet
 from tcore.files import InputError
-from tcore.poisoning import Poisoned, check_target, choose_covers, choose_poisons, poisoned
-from tcore.triggers import Trigger
+from tcore.poisoning import triggers
+from tcore.poisoning.poisoned import Poisoned, check_target, choose_covers, choose_poisons, poisoned
+from tcore.poisoning.triggers import Trigger
 
 OWNER = ("dataset_attacks", "wanet")
 UNIT = 2**16  # places per pixel

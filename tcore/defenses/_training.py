@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tcore import seeds
-from tcore.defense import Received, Whole
+from tcore.defenses._interface import Received, Whole
 from tcore.files import InputError
 from tcore.models import head as heads
 from tcore.models.classifier import Classifier

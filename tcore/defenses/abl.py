@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from tcore import seeds
-from tcore.defense import Received, in_blocks
 from tcore.defenses import _training as training
+from tcore.defenses._interface import Received, in_blocks
 from tcore.device import autocast
 from tcore.files import InputError
 from tcore.models.classifier import Classifier

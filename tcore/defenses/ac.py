@@ -19,7 +19,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from tcore import seeds
-from tcore.defense import Received
+from tcore.defenses._interface import Received
 
 KIND = "detector"
 CLEAN = False

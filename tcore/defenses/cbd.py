@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from tcore import seeds
-from tcore.defense import Received
 from tcore.defenses import _training as training
+from tcore.defenses._interface import Received
 from tcore.device import autocast
 from tcore.models.classifier import Classifier
 

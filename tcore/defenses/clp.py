@@ -25,8 +25,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tcore.defense import Received
 from tcore.defenses import _training as training
+from tcore.defenses._interface import Received
 from tcore.models.channels import channel_bounds, norms_behind
 from tcore.models.classifier import Classifier
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from tcore import seeds
-from tcore.defense import Received, in_blocks
+from tcore.defenses._interface import Received, in_blocks
 from tcore.models.head import batches
 
 KIND = "detector"

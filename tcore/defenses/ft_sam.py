@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from tcore import seeds
-from tcore.defense import Received, Whole
 from tcore.defenses import _training as training
+from tcore.defenses._interface import Received, Whole
 from tcore.models.classifier import Classifier
 
 KIND = "model"

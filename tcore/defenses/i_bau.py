@@ -27,8 +27,8 @@ from torch import Tensor
 from tqdm import trange
 
 from tcore import seeds
-from tcore.defense import Received
 from tcore.defenses import _training as training
+from tcore.defenses._interface import Received
 from tcore.models.classifier import Classifier
 from tcore.models.encoder import floats
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tcore.defense import NotApplicable, Received
+from tcore.defenses._interface import NotApplicable, Received
 from tcore.models.classifier import Classifier, logits
 
 KIND = "detector"

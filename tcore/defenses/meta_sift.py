@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import trange
 
-from tcore import seeds, selection
-from tcore.defense import Received, in_blocks
+from tcore import seeds
+from tcore.defenses import _selection as selection
+from tcore.defenses._interface import Received, in_blocks
 from tcore.models.head import batches
 
 KIND = "detector"

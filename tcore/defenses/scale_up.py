@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tcore.defense import Received
+from tcore.defenses._interface import Received
 from tcore.device import autocast
 from tcore.models.encoder import check_size, floats
 

@@ -30,8 +30,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tcore import selection
-from tcore.defense import Received
+from tcore.defenses import _selection as selection
+from tcore.defenses._interface import Received
 from tcore.files import InputError
 
 KIND = "detector"

@@ -30,8 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tcore.defense import Received
 from tcore.defenses import _training as training
+from tcore.defenses._interface import Received
 from tcore.device import autocast
 from tcore.models import head as heads
 from tcore.models.classifier import Classifier

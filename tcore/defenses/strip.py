@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tcore import seeds
-from tcore.defense import Received
+from tcore.defenses._interface import Received
 from tcore.device import autocast
 from tcore.models.encoder import check_size, floats
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from tcore import seeds
+from tcore.data.augment import flip, grey, jitter
 from tcore.device import autocast
 from tcore.files import InputError
 from tcore.models.encoder import Encoder, extract_features, floats
-from tcore.pretraining.augment import flip, grey, jitter
-from tcore.triggers import Stamp
+from tcore.poisoning.triggers import Stamp
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 
 from tcore import seeds
 from tcore.files import InputError
-from tcore.triggers import Trigger
+from tcore.poisoning.triggers import Trigger
 
 BLOCK = 256  # images whose bytes are widened to int64 at a time
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from tcore.data.images import ImageSet
 from tcore.files import InputError, require
 from tcore.models.encoder import Encoder, extract_features
-from tcore.poisoning import check_target
+from tcore.poisoning.poisoned import check_target
 
 
 def choose_references(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tcore.data.images import ImageSet
 from tcore.files import InputError
-from tcore.poisoning import check_target, choose, truth
+from tcore.poisoning.poisoned import check_target, choose, truth
 
 SOURCES = ("pretraining", "downstream")
 

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tcore import triggers
 from tcore.encoder_attacks._implant import Features, Terms, implant
 from tcore.files import InputError
 from tcore.models.encoder import Encoder
-from tcore.triggers import Trigger
+from tcore.poisoning import triggers
+from tcore.poisoning.triggers import Trigger
 
 
 @dataclass(frozen=True)

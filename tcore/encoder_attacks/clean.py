@@ -3,7 +3,7 @@
 import copy
 from dataclasses import dataclass
 
-from tcore.triggers import Trigger
+from tcore.poisoning.triggers import Trigger
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,8 @@ from tcore.encoder_attacks._patch import stamp
 from tcore.encoder_attacks._references import read_references
 from tcore.encoder_attacks._unlabelled import append
 from tcore.files import InputError
-from tcore.poisoning import Poisoned, check_target, choose
-from tcore.triggers import Trigger
+from tcore.poisoning.poisoned import Poisoned, check_target, choose
+from tcore.poisoning.triggers import Trigger
 
 __all__ = ["Settings", "make_trigger", "poison_images", "stamp"]
 

@@ -12,7 +12,7 @@ image-independent sum is added, in thousandths of a grey level and rounded once,
 transforms every image there and back with rounded matrices; poisons are drawn at random, where the
 original takes the first ones.
 
-The attack is fragile (docs/encoder-attacks.md): a stem with stride 2 cannot see bands near the highest
+The attack is fragile (docs/lab/encoder-attacks.md): a stem with stride 2 cannot see bands near the highest
 one, odd bands change sign when an image is flipped, and success swings between epochs and seeds.
 """
 
@@ -26,8 +26,8 @@ from torch import Tensor
 from tcore.data.images import ImageSet
 from tcore.encoder_attacks._unlabelled import poison_class
 from tcore.files import InputError
-from tcore.poisoning import Poisoned
-from tcore.triggers import Trigger
+from tcore.poisoning.poisoned import Poisoned
+from tcore.poisoning.triggers import Trigger
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from tcore.encoder_attacks import badencoder
 from tcore.encoder_attacks._implant import Features, Objective, Terms, implant
 from tcore.encoder_attacks.badencoder import stamp
 from tcore.models.encoder import Encoder
-from tcore.triggers import Trigger
+from tcore.poisoning.triggers import Trigger
 
 __all__ = ["Settings", "make_trigger", "poison_encoder", "stamp"]
 

@@ -20,8 +20,8 @@ from tcore.data.images import ImageSet
 from tcore.encoder_attacks import _patch
 from tcore.encoder_attacks._patch import stamp
 from tcore.encoder_attacks._unlabelled import poison_class
-from tcore.poisoning import Poisoned
-from tcore.triggers import Trigger
+from tcore.poisoning.poisoned import Poisoned
+from tcore.poisoning.triggers import Trigger
 
 __all__ = ["Settings", "make_trigger", "poison_images", "stamp"]
 

@@ -6,12 +6,12 @@ from torch import nn
 from tqdm import trange
 
 from tcore import seeds
+from tcore.data.augment import flip
 from tcore.data.images import ImageSet
 from tcore.device import autocast
 from tcore.models.classifier import Classifier
 from tcore.models.encoder import Encoder, floats
 from tcore.models.head import batches
-from tcore.pretraining.augment import flip
 
 
 def train(

@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from tcore import seeds
+from tcore.data.augment import blur, flip, grey, jitter, resized_crop
 from tcore.device import autocast
 from tcore.models.encoder import Encoder
 from tcore.pretraining._loop import new_encoder, train
-from tcore.pretraining.augment import blur, flip, grey, jitter, resized_crop
 
 
 @dataclass(frozen=True)

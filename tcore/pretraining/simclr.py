@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from tcore.data.augment import simclr_view
 from tcore.device import autocast
 from tcore.models.encoder import Encoder
 from tcore.pretraining._loop import new_encoder
 from tcore.pretraining._loop import train as loop
-from tcore.pretraining.augment import simclr_view
 
 
 @dataclass(frozen=True)

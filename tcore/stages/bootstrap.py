@@ -26,7 +26,8 @@ poisons that a weak model takes for the target by chance the copy, which has see
 those whose trigger it has not learnt yet, and their d is smallest: with `steady` phase 3 begins, until
 |P| / n reaches it, with the smallest CE + |CE - CE of the copy|, what both have right. That keeps out
 some poisons and lets in others, so it is off. Crops can lower what is left of the encoder's trigger. What
-was of no use (a warm-up, more passes of the copy, colours and blur, losses on views): docs/readings.md.
+was of no use (a warm-up, more passes of the copy, colours and blur, losses on views) is in
+docs/lab/bootstrapping.md.
 """
 
 import copy
@@ -41,13 +42,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from tcore import seeds
+from tcore.data import augment
 from tcore.device import autocast
 from tcore.files import InputError
 from tcore.models import head as heads
 from tcore.models.channels import layers, norms_behind
 from tcore.models.classifier import Classifier, logits
 from tcore.models.encoder import floats
-from tcore.pretraining import augment
 from tcore.stages.expand import highest
 
 GUIDANCE = ("meta", "loss")

@@ -12,15 +12,16 @@ until Dsub holds `subset_share` of D. The encoder is frozen; all runs on cached 
 
 Not in the paper: only samples of B_k, which passed sifting's majority rule, can join (`within_core`). They
 are about a quarter of D with hardly a poison, also where confusion fails because a backdoored encoder puts
-poisons at the class's centre, and less varied: the demo does better without (measured: docs/readings.md).
+poisons at the class's centre, and less varied: the demo does better without (measured:
+docs/lab/confusion.md).
 Where they are fewer than asked, all of them join, without confusion.
 
 Where a trigger hardly shows in the features, confusion forgets poisons as it does clean samples, and the
 ranking is chance. Such poisons still look like their true class. So witnesses can be asked: `witnesses`
 heads trained on Dsub alone. A sample's place is then the worse of two: by its confused loss (largest first)
 and by the CE of the witnesses' mean prediction (smallest first). It is for users who trust the encoder and
-not the data: a backdoored encoder deceives witnesses (measured: docs/readings.md), and so they are off, as in
-the paper.
+not the data: a backdoored encoder deceives witnesses (measured: docs/lab/witnesses.md), and so they are
+off, as in the paper.
 
 Not in the paper, hence settings marked [open]: lambda, steps, optimiser, how Y* is drawn, and whether the
 loss is ranked over all classes (the paper's algorithm, literally) or within each class. Confusion keeps what
@@ -28,7 +29,7 @@ the head knows of the poisons, so the head is first trained until it knows them,
 user's own: with less, poisons are what it has wrong, and rank first. Strength weighs two things: where
 confusion leaves most trusted samples known, the largest losses are those of images that look like another
 class, weak poisons among them; where it leaves next to none, it forgets the poisons too (measured:
-docs/readings.md).
+docs/lab/confusion.md).
 """
 
 from dataclasses import dataclass

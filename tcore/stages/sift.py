@@ -10,7 +10,7 @@ moved between them:
 The paper's three layers are the encoder's output and the head's first two. A poisoned encoder has moved
 its triggered images before the first of these, into the middle of the target's class, and the head leaves
 them there; so the majority rule, not the paper's, also asks the encoder at the shares `depths` of its
-depth, where they still lie with the images that they were made of (measured: docs/readings.md).
+depth, where they still lie with the images that they were made of (measured: docs/lab/sifting.md).
 
 The paper states neither DBSCAN's radius nor what breaks ties. Here the radius of a class and
 layer is the smallest at which the largest cluster holds `majority` of the class, which should be

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from tcore import memory, seeds
+from tcore import seeds
 from tcore.files import InputError
+from tcore.running import memory
 
 
 def at_least(least: int, value: int, where: str) -> int:

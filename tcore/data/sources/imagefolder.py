@@ -27,7 +27,7 @@ class Settings:
     image_size: int = 224  # height and width in pixels
     classes: str | None = None  # file with one class folder a line; null: all folders
     test_share: float = 0.2  # share of every class held out where there is no test folder
-    seed: int = 0  # of the held-out share; the runs' seed does not change the data
+    seed: int = 0  # of the held-out share; a run's random seed does not change the data
 
 
 def _classes(settings: Settings, folder: Path) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ SIDE = 28
 class Settings:
     image_size: int = 32  # height and width in pixels, at least 28
     test_share: float = 0.2  # share of every class held out for the test
-    seed: int = 0  # of the split; the runs' seed does not change the data
+    seed: int = 0  # of the split; a run's random seed does not change the data
 
 
 def load(settings: Settings, archives: dict) -> dict[str, ImageSet]:

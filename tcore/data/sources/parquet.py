@@ -40,7 +40,7 @@ class Settings:
     max_train: int | None = None  # training images kept; null: all
     max_test: int | None = None  # test images kept; null: all
     test_share: float = 0.2  # share of every class held out without a split column
-    seed: int = 0  # of the sample and the held-out share; the runs' seed does not change the data
+    seed: int = 0  # of the sample and the held-out share; a run's random seed does not change the data
 
 
 def _table(settings: Settings) -> pa.Table:

@@ -34,7 +34,7 @@ class Settings:
     test: int = 1000  # test images
     image_size: int = 32  # height and width in pixels
     open: bool = False  # true: every image is a sign of its own, without labels
-    seed: int = 0  # of the drawing; the runs' seed does not change the data
+    seed: int = 0  # of the drawing; a run's random seed does not change the data
 
 
 def _rgb(hue: float, saturation: float, value: float) -> tuple[float, float, float]:

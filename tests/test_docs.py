@@ -1,0 +1,163 @@
+"""The pages: every command in README and docs is run or dry-run, and no page is too long to read."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tcore import __main__ as command
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("*/README.md"), *ROOT.glob("docs/**/*.md")]
+LONGEST = {"README.md": 600, "configuration.md": 10_000}  # words; a generated page may be long
+PLACEHOLDERS = {"own.yaml": ("encoders", "datasets")}  # whose files must be there before anything is planned
+
+
+def commands() -> dict[str, str]:
+    """Every command in a block marked `sh`, with the page that it stands on."""
+    found = {}
+    for page in PAGES:
+        for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+            for line in block.replace("\\\n", " ").splitlines():
+                for part in re.sub(r"\s#.*|^#.*", "", line).split("&&"):
+                    if part.strip():
+                        found.setdefault(re.sub(r"\s+", " ", part.strip()), str(page.relative_to(ROOT)))
+    return found
+
+
+COMMANDS = commands()
+
+
+def call(*arguments, folder=ROOT) -> str:
+    run = subprocess.run(list(map(str, arguments)), cwd=folder, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    return run.stdout + run.stderr
+
+
+@cache
+def help_of(*arguments) -> str:
+    return call(*arguments, "--help")
+
+
+def options(arguments: list[str]) -> list[str]:
+    return [argument.partition("=")[0] for argument in arguments if re.match(r"--\w", argument)]
+
+
+def check_snakemake(arguments: list[str], folder: Path) -> None:
+    if "slurm" in " ".join(arguments) and not shutil.which("snakemake-executor-plugin-slurm"):
+        profile = arguments[arguments.index("--workflow-profile") + 1]
+        assert (ROOT / profile / "profile.yaml").is_file()
+        return
+    if "--report" in arguments:  # of results that are not there; test_workflow.py makes one
+        return
+    for name in (Path(argument).name for argument in arguments if argument.endswith(".yaml")):
+        if name in PLACEHOLDERS:
+            for entry in yaml.safe_load((ROOT / "config" / name).read_text())["encoders"].values():
+                (folder / entry["file"]).parent.mkdir(parents=True, exist_ok=True)
+                (folder / entry["file"]).touch()
+            for entry in yaml.safe_load((ROOT / "config" / name).read_text())["datasets"].values():
+                (folder / entry["settings"]["path"]).mkdir(parents=True, exist_ok=True)
+    if not {"-s", "--snakefile"} & {*arguments}:
+        arguments = ["--directory", str(folder), *arguments]
+    call(sys.executable, "-m", "snakemake", "--dry-run", "--quiet", "all", *arguments)
+
+
+def check_python(arguments: list[str], folder: Path) -> None:
+    script, *rest = arguments
+    assert (ROOT / script).is_file(), script
+    own = rest[: rest.index("--")] if "--" in rest else rest
+    known = help_of(sys.executable, ROOT / script)
+    assert not [option for option in options(own) if option not in known]
+
+
+def check_tcore(arguments: list[str], folder: Path) -> None:
+    command.parser().parse_args(arguments)
+
+
+def check_dvc(arguments: list[str], folder: Path) -> None:
+    words = [argument for argument in arguments if not argument.startswith("-")]
+    two = words[0] in ("remote", "data", "cache")
+    known = help_of(BIN / "dvc", *words[: 2 if two else 1])
+    assert not [option for option in options(arguments) if option not in known]
+
+
+def check_make(arguments: list[str], folder: Path) -> None:
+    call("make", "--dry-run", *arguments)
+
+
+def check_pip(arguments: list[str], folder: Path) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for name in re.findall(r"\.\[(\w+)\]", " ".join(arguments)):
+        assert name in extras
+
+
+def check_pytest(arguments: list[str], folder: Path) -> None:
+    for name in (argument for argument in arguments if argument.startswith("tests/")):
+        assert (ROOT / name).is_file()
+
+
+def check_files(arguments: list[str], folder: Path) -> None:
+    for name in (a for a in arguments if a.startswith(("workflow/", "config/")) and not a.endswith(".sif")):
+        assert (ROOT / name).is_file(), name
+
+
+CHECKS = {
+    "snakemake": check_snakemake,
+    "python": check_python,
+    "tcore": check_tcore,
+    "dvc": check_dvc,
+    "make": check_make,
+    "pip": check_pip,
+    "pytest": check_pytest,
+    "apptainer": check_files,
+}
+AS_THEY_ARE = ("git", "cd", "source", "rsync", "rm", "scp", "mkdir")
+
+
+@pytest.mark.parametrize("text", COMMANDS, ids=lambda text: f"{COMMANDS[text]}: {text}"[:90])
+def test_a_command_runs(text, tmp_path):
+    words = shlex.split(re.sub(r"\s*[>|].*", "", text))
+    while "=" in words[0]:
+        words = words[1:]
+    program, *arguments = words
+    program = program.removeprefix(".venv/bin/")
+    if program == "unshare":
+        program, arguments = "python", arguments[arguments.index("python") + 1 :]
+    assert program in (*CHECKS, *AS_THEY_ARE), f"{COMMANDS[text]}: how is {program} checked?"
+    if program in CHECKS:
+        CHECKS[program](arguments, tmp_path)
+
+
+def test_there_are_commands():
+    assert {text.split()[0] for text in COMMANDS} >= {"make", "snakemake", "tcore", "dvc"}
+
+
+def test_a_wrong_command_is_found(tmp_path):
+    for check, text in (
+        (check_snakemake, "--cores all --configfile config/paper.yaml table_10"),  # takes it for a file
+        (check_python, "scripts/tools/estimate_cost.py --safe"),
+        (check_dvc, "commit --forced"),
+        (check_make, "dmeo"),
+    ):
+        with pytest.raises(AssertionError):
+            check(text.split(), tmp_path)
+    with pytest.raises(SystemExit):
+        check_tcore(["secure", "--encoder", "e.pth"], tmp_path)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_is_short(page):
+    text = re.sub(r"^\|.*\n|<!--.*?-->", "", page.read_text(), flags=re.MULTILINE)  # tables are looked up
+    assert len(text.split()) <= LONGEST.get(page.name, 1200)
+
+
+def test_readme_in_full_is_short():
+    assert len((ROOT / "README.md").read_text().split()) <= LONGEST["README.md"]
