@@ -80,7 +80,7 @@ rule grant_clean:
         share=share_of_trusted,
     message:
         "The scenario grants clean samples: {wildcards.encoder_attack}, {wildcards.dataset_attack},"
-        " defence {wildcards.defense} (seed {wildcards.seed})"
+        " defence {wildcards.defense} (random seed {wildcards.seed})"
     shell:
         "python $TCORE/scripts/grant_clean.py --truth {input.truth} --share {params.share} --seed {wildcards.seed}"
         " --granted {output.granted} --record {output.record} > {log} 2>&1"
@@ -98,7 +98,7 @@ rule reveal_rate:
         code=code("reveal_rate"),
     message:
         "An oracle tells the poison rate: {wildcards.encoder_attack}, {wildcards.dataset_attack},"
-        " defence {wildcards.defense} (seed {wildcards.seed})"
+        " defence {wildcards.defense} (random seed {wildcards.seed})"
     shell:
         "python $TCORE/scripts/reveal_rate.py --truth {input.truth}"
         " --oracle {output.oracle} --record {output.record} > {log} 2>&1"
@@ -128,7 +128,7 @@ rule defend:
         samples="",
     message:
         "The user defends with {wildcards.defense}"
-        " ({wildcards.encoder_attack}, {wildcards.dataset_attack}, seed {wildcards.seed})"
+        " ({wildcards.encoder_attack}, {wildcards.dataset_attack}, random seed {wildcards.seed})"
     shell:
         "python $TCORE/scripts/defend.py --defense {params.defense} --model {input.model} --features {input.features}"
         " --images {input.images} {params.optional} --settings {params.settings:q} --seed {wildcards.seed}"
@@ -174,7 +174,7 @@ rule score_inputs:
         optional=flags("trusted"),
     message:
         "The evaluator shows clean and triggered test images to {wildcards.defense}"
-        " ({wildcards.encoder_attack}, {wildcards.dataset_attack}, seed {wildcards.seed})"
+        " ({wildcards.encoder_attack}, {wildcards.dataset_attack}, random seed {wildcards.seed})"
     shell:
         "python $TCORE/scripts/score_inputs.py --defense {params.defense} --model {input.model}"
         " --features {input.features} --images {input.images} {params.optional} --test {input.test}"

@@ -40,14 +40,14 @@ rule pretrain_encoder:
         code=code_of_pretraining,
         settings=settings_of_pretraining,
     message:
-        "Stranger one pre-trains an encoder on {wildcards.pretrain} (seed {wildcards.seed})"
+        "Stranger one pre-trains an encoder on {wildcards.pretrain} (random seed {wildcards.seed})"
     shell:
         "python $TCORE/scripts/pretrain_encoder.py --images {input.images}"
         " --settings {params.settings:q} --seed {wildcards.seed}"
         " --encoder {output.encoder} --record {output.record} > {log} 2>&1"
 
 
-# With `encoder_seed` all seeds start from one clean encoder, as the paper's tables do.
+# With `encoder_seed` all random seeds start from one clean encoder, as the paper's tables do.
 rule share_encoder:
     input:
         encoder=f"data/encoders/{{pretrain}}-clean/{SHARED}/encoder.safetensors",
@@ -60,7 +60,7 @@ rule share_encoder:
     wildcard_constraints:
         seed="(?!)" if SHARED is None else f"(?!{SHARED}(?![0-9]))[0-9]+",
     message:
-        "Stranger one hands over the {wildcards.pretrain} encoder of another seed (seed {wildcards.seed})"
+        "Stranger one hands over the {wildcards.pretrain} encoder of another random seed (random seed {wildcards.seed})"
     shell:
         "cp {input.encoder} {output.encoder} > {log} 2>&1 && cp {input.record} {output.record} >> {log} 2>&1"
 
@@ -87,7 +87,7 @@ rule poison_encoder:
         target=target("encoder"),
     message:
         "Stranger one hands over the {wildcards.pretrain} encoder: attack {wildcards.encoder_attack}"
-        " (seed {wildcards.seed})"
+        " (random seed {wildcards.seed})"
     shell:
         "python $TCORE/scripts/poison_encoder.py --encoder {input.encoder} --shadow {input.shadow}"
         " --downstream {input.downstream} --attack {wildcards.encoder_attack} --target {params.target}"
@@ -115,7 +115,7 @@ rule poison_images:
         target=target("encoder"),
     message:
         "Stranger one poisons the unlabelled images of {wildcards.pretrain}: attack {wildcards.encoder_attack}"
-        " (seed {wildcards.seed})"
+        " (random seed {wildcards.seed})"
     shell:
         "python $TCORE/scripts/poison_images.py --images {input.images} --downstream {input.downstream}"
         " --attack {wildcards.encoder_attack} --target {params.target}"
@@ -137,4 +137,4 @@ use rule pretrain_encoder as pretrain_on_poisons with:
         seed="[0-9]+",
     message:
         "Stranger one pre-trains an encoder on the poisoned images of {wildcards.pretrain}:"
-        " attack {wildcards.encoder_attack} (seed {wildcards.seed})"
+        " attack {wildcards.encoder_attack} (random seed {wildcards.seed})"

@@ -112,7 +112,7 @@ rule predict:
         optional=flags("encoder_trigger", "dataset_trigger"),
     message:
         "Test images, clean and with such triggers as are known: {wildcards.encoder_attack},"
-        " {wildcards.dataset_attack}, defence {wildcards.defense} (seed {wildcards.seed})"
+        " {wildcards.dataset_attack}, defence {wildcards.defense} (random seed {wildcards.seed})"
     shell:
         "python $TCORE/scripts/predict.py --model {input.model} --test {input.test} {params.optional}"
         " --seed {wildcards.seed} --predictions {output.predictions} --record {output.record} > {log} 2>&1"
@@ -135,7 +135,7 @@ rule evaluate:
         optional=flags("seeds", "subset", "pool", "channels", "samples", "defended", "inputs"),
     message:
         "The evaluator measures: {wildcards.encoder_attack}, {wildcards.dataset_attack},"
-        " defence {wildcards.defense} (seed {wildcards.seed})"
+        " defence {wildcards.defense} (random seed {wildcards.seed})"
     shell:
         "python $TCORE/scripts/evaluate.py --predictions {input.predictions} --truth {input.truth}"
         " --encoder-trigger {input.encoder_trigger} --dataset-trigger {input.dataset_trigger} {params.optional}"

@@ -50,7 +50,7 @@ rule measure_figure:
         optional=flags("trusted"),
     message:
         "The paper's {wildcards.paper_figure}: {wildcards.encoder_attack}, {wildcards.dataset_attack}"
-        " (seed {wildcards.seed})"
+        " (random seed {wildcards.seed})"
     shell:
         "python $TCORE/scripts/measure_figure.py --figure {wildcards.paper_figure} --model {input.model}"
         " --features {input.features} --images {input.images} {params.optional} --truth {input.truth}"

@@ -30,7 +30,7 @@ rule poison_dataset:
         optional="",
     message:
         "Stranger two hands over {wildcards.downstream}: attack {wildcards.dataset_attack}"
-        " (seed {wildcards.seed})"
+        " (random seed {wildcards.seed})"
     shell:
         "python $TCORE/scripts/poison_dataset.py --images {input.images} {params.optional}"
         " --attack {params.attack} --target {params.target}"

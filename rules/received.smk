@@ -123,7 +123,7 @@ rule audit:
         source=lambda wildcards: experiment["datasets"][wildcards.downstream]["source"],
         settings=lambda wildcards: canonical(experiment["datasets"][wildcards.downstream]["settings"]),
     message:
-        "Writing the audit of {wildcards.pretrain} and {wildcards.downstream} (seed {wildcards.seed})"
+        "Writing the audit of {wildcards.pretrain} and {wildcards.downstream} (random seed {wildcards.seed})"
     shell:
         "python $TCORE/scripts/audit.py --checked {input.checked} --encoder {input.encoder} --train {input.train}"
         " --test {input.test} --model {input.model} --seeds {input.seeds} --subset {input.subset}"

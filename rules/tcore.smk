@@ -61,7 +61,7 @@ rule sift:
         settings=settings_of_stage("sift"),
     message:
         "T-Core sifts trusted seed samples"
-        " ({wildcards.encoder_attack}, {wildcards.dataset_attack}, seed {wildcards.seed})"
+        " ({wildcards.encoder_attack}, {wildcards.dataset_attack}, random seed {wildcards.seed})"
     shell:
         "python $TCORE/scripts/sift.py --model {input.model} --features {input.features} --images {input.images}"
         " --settings {params.settings:q} --seed {wildcards.seed}"
@@ -86,8 +86,8 @@ rule expand:
         code=code("expand"),
         settings=settings_of_stage("expand", "head"),
     message:
-        "T-Core lets the trusted seeds grow to a clean subset"
-        " ({wildcards.encoder_attack}, {wildcards.dataset_attack}, seed {wildcards.seed})"
+        "T-Core lets the seed samples grow to a clean subset"
+        " ({wildcards.encoder_attack}, {wildcards.dataset_attack}, random seed {wildcards.seed})"
     shell:
         "python $TCORE/scripts/expand.py --features {input.features} --images {input.images} --seeds {input.seeds}"
         " --settings {params.settings:q} --seed {wildcards.seed}"
@@ -113,7 +113,7 @@ rule filter_channels:
         settings=settings_of_stage("filter_channels"),
     message:
         "T-Core looks for the encoder's untrusted channels"
-        " ({wildcards.encoder_attack}, {wildcards.dataset_attack}, seed {wildcards.seed})"
+        " ({wildcards.encoder_attack}, {wildcards.dataset_attack}, random seed {wildcards.seed})"
     shell:
         "python $TCORE/scripts/filter_channels.py --model {input.model} --images {input.images} --subset {input.subset}"
         " --settings {params.settings:q} --seed {wildcards.seed}"
@@ -142,7 +142,7 @@ rule bootstrap:
         settings=settings_of_stage("bootstrap", "head"),
     message:
         "T-Core bootstraps a clean model from the subset and the trusted channels"
-        " ({wildcards.encoder_attack}, {wildcards.dataset_attack}, seed {wildcards.seed})"
+        " ({wildcards.encoder_attack}, {wildcards.dataset_attack}, random seed {wildcards.seed})"
     shell:
         "python $TCORE/scripts/bootstrap.py --model {input.model} --images {input.images} --seeds {input.seeds}"
         " --subset {input.subset} --channels {input.channels} --settings {params.settings:q} --seed {wildcards.seed}"

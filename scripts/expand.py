@@ -1,4 +1,4 @@
-"""T-Core, stage 1b: lets the seeds grow to the clean subset."""
+"""T-Core, stage 1b: lets the seed samples grow to the clean subset."""
 
 import argparse
 import json
@@ -19,7 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--features", required=True, help="the encoder's features of the images")
     parser.add_argument("--images", required=True, help="the data set received (Parquet)")
-    parser.add_argument("--seeds", required=True, help="table of samples: `trusted` for seeds, `in_core`")
+    parser.add_argument("--seeds", required=True, help="table of samples: `trusted`, `in_core`")
     parser.add_argument("--settings", type=json.loads, required=True, help='JSON: {"expand", "head"}')
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument(

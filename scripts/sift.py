@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--images", required=True, help="the data set received (Parquet)")
     parser.add_argument("--settings", type=json.loads, required=True, help='JSON: {"sift": settings}')
     parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--seeds", required=True, help="out: table of samples, `trusted` marks the seeds")
+    parser.add_argument("--seeds", required=True, help="out: table of samples, `trusted` marks seed samples")
     parser.add_argument("--record", required=True, help="out: the record of this step")
     args = parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""Random streams derived from one seed and the names of what they are for.
+"""Random streams derived from one random seed and the names of what they are for.
 
 `derive(seed, "badnets", "selection")` depends on nothing else, so adding a stream or
 a step never moves another one.

@@ -25,16 +25,18 @@ from tcore.models.classifier import Classifier, save_classifier
 from tcore.models.encoder import Encoder, save_encoder
 from tcore.poisoning import triggers
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts/studies"
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
 
-def run(name: str, *arguments) -> None:
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+def run(path: str, *arguments) -> None:
+    file = SCRIPTS / f"{path}.py"
+    name = file.stem
+    spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # the benchmark's processes look it up
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [name, *map(str, arguments)])
-        patch.syspath_prepend(str(SCRIPTS))
+        patch.syspath_prepend(str(file.parent))
         spec.loader.exec_module(module)
         module.main()
 
@@ -65,8 +67,8 @@ def test_implantation_in_small(parquet, tmp_path):
         "--output",
         tmp_path / "out.csv",
     ]
-    run("implantation", *common, "--attacks", "sig", "tact", "--encoder", tmp_path / "encoder")
-    run("implantation", *common, "--attacks", "badnets", "--settings", '{"ratio": 0.5}')
+    run("studies/implantation", *common, "--attacks", "sig", "tact", "--encoder", tmp_path / "encoder")
+    run("studies/implantation", *common, "--attacks", "badnets", "--settings", '{"ratio": 0.5}')
     found = pd.read_csv(tmp_path / "out.csv")
     assert found["attack"].tolist() == ["sig"] * 2 + ["tact"] * 2 + ["badnets"]
     assert found["victim"].tolist() == ["end to end", "frozen encoder"] * 2 + ["end to end"]
@@ -76,7 +78,7 @@ def test_implantation_in_small(parquet, tmp_path):
 
 
 def test_benchmark_in_small(capsys):
-    run("benchmark_poisoning", "--images", 500, "--repeats", 1, "--attacks", "wanet")
+    run("tools/benchmark_poisoning", "--images", 500, "--repeats", 1, "--attacks", "wanet")
     line = capsys.readouterr().out.splitlines()[-1].split(" | ")
     assert line[0] == "| wanet" and line[1] == "15"  # floor(50 / 4) poisons, floor(12 / 4) covers
     assert float(line[3]) > 0
@@ -102,7 +104,7 @@ def test_what_an_encoder_attack_did_by_hand(tmp_path):
     save_json(folder / "pretrain_encoder.run.json", record | {"peak_ram_mb": 400.0, "log": {}})
     save_json(tmp_path / "encoders/theirs-clean/0/pretrain_encoder.run.json", record)
     options = ["--data", tmp_path, "--pretrain", "theirs", "--downstream", "mine", "--attacks", "badencoder"]
-    run("encoder_attacks", *options, "--output", tmp_path / "out.csv")
+    run("studies/encoder_attacks", *options, "--output", tmp_path / "out.csv")
     found = pd.read_csv(tmp_path / "out.csv").iloc[0]
     assert found["acc"] == pytest.approx((test.labels == 0).mean())
     assert found["acc_clean"] == pytest.approx((test.labels == 2).mean())
@@ -151,7 +153,7 @@ def test_what_expansion_lets_in_is_counted(attacked_cell):
         "all": {"within_core": False, "subset_share": 1.0, "steps": 20},
     }
     run(
-        "expansion",
+        "studies/expansion",
         *("--data", attacked_cell, "--cells", "theirs-badencoder/mine-adaptive/0", "--output", out),
         *("--settings", json.dumps(choices)),
     )
@@ -167,7 +169,7 @@ def test_pruned_channels_give_nothing_and_the_others_what_they_gave(attacked_cel
     out = attacked_cell / "out.csv"
     settings = '{"random": {"rank": "random"}, "short": {"epochs": 1, "unlearn_epochs": 1}}'
     cell = ("--data", attacked_cell, "--cell", "theirs-badencoder/mine-adaptive/0")
-    run("channels", *cell, "--head", '{"epochs": 2}', "--settings", settings, "--output", out)
+    run("studies/channels", *cell, "--head", '{"epochs": 2}', "--settings", settings, "--output", out)
     found = pd.read_csv(out).set_index("settings")
     assert found.index.tolist() == ["random", "short"] and found[["acc", "asr"]].stack().between(0, 1).all()
     assert np.isnan(found["recovered"]["random"]) and 0 <= found["recovered"]["short"] <= 1

@@ -145,7 +145,9 @@ def test_seeds_may_share_a_clean_encoder(sources, tmp_path):
     # Seed 1's encoder serves both seeds; on CTRL's images each seed pre-trains its own.
     steps = ("pretrain_encoder", "share_encoder", "pretrain_on_poisons")
     assert [found[step] for step in steps] == ["1", "1", "2"]
-    assert re.search(r"of another seed \(seed 2\)\nReason: .*signs-clean/2/.*signs-clean/1/", text)
+    assert re.search(
+        r"of another random seed \(random seed 2\)\nReason: .*signs-clean/2/.*signs-clean/1/", text
+    )
 
 
 ALLOWED = re.compile(

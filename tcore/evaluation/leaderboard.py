@@ -1,8 +1,8 @@
 """The report's view of many cells at once: heat maps, a leaderboard per scenario, cost against benefit.
 
-All of it works on rows of `report.outcomes` (one per victim and defence, means over seeds). The success of an
-attack is that of the worse trigger where there are two. Means are over the victims that a defence was run on
-and could be applied to, each of equal weight.
+All of it works on rows of `report.outcomes` (one per victim and defence, means over random seeds). The
+success of an attack is that of the worse trigger where there are two. Means are over the victims that a
+defence was run on and could be applied to, each of equal weight.
 """
 
 from collections import defaultdict
@@ -72,7 +72,7 @@ def _by_seed(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def _over_seeds(values: pd.Series) -> dict:
-    """Mean over victims, and its interval over seeds, for which victims with every seed alone count."""
+    """Mean over victims, and its interval over random seeds, of victims that have every random seed."""
     wide = values.dropna().unstack("seed")
     if wide.empty:
         return dict.fromkeys(("mean", "low", "high"), np.nan)

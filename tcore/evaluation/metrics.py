@@ -36,7 +36,7 @@ def wilson(hits: int, n: int, level: float = LEVEL) -> tuple[float, float]:
 
 
 def t_interval(values, level: float = LEVEL) -> tuple[float, float, float]:
-    """(mean, low, high) of a mean over seeds by Student's t; no interval below two values."""
+    """(mean, low, high) of a mean over random seeds by Student's t; no interval below two values."""
     values = np.asarray(values, float)
     n, mean = len(values), float(np.mean(values))
     if n < 2:

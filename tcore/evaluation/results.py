@@ -328,7 +328,7 @@ def collect(tables: list[pd.DataFrame], records: dict[Path, dict]) -> pd.DataFra
 
 
 def summary(results: pd.DataFrame) -> dict:
-    """scenario -> defense -> metric -> mean over seeds, pairs and attacks."""
+    """scenario -> defense -> metric -> mean over random seeds, pairs and attacks."""
     rows = results[(results["stage"] == "test") & results["metric"].isin(OUTCOMES)]
     nested: dict = {}
     for (scenario, defense, metric), value in (
@@ -341,8 +341,8 @@ def summary(results: pd.DataFrame) -> dict:
 def over_seeds(rows: pd.DataFrame, largest: float = 1.0) -> tuple[float, float, float]:
     """(mean, low, high) of one metric, a row a seed; NaN for no row.
 
-    The 95 % interval is Student's t over seeds, cut to [0, `largest`]; with a single seed it is that of the
-    share over test images.
+    The 95 % interval is Student's t over random seeds, cut to [0, `largest`]; with a single one it is that
+    of the share over test images.
     """
     if rows.empty:
         return np.nan, np.nan, np.nan

@@ -67,7 +67,8 @@ def validate(config: dict) -> dict:
             raise InputError(f"config: seeds[{position}] = {seed}: a seed is 0 or more")
     if (shared := config.get("encoder_seed")) is not None and (type(shared) is not int or shared < 0):
         raise InputError(
-            f"config: encoder_seed = {shared!r}: a number, 0 or more, or null: each seed pre-trains its own"
+            f"config: encoder_seed = {shared!r}: a number, 0 or more, "
+            "or null: each random seed pre-trains its own"
         )
     choices = {
         "scenarios": grid.SCENARIOS,

@@ -105,8 +105,8 @@ def cells(table: int, reported: pd.DataFrame, grid: pd.DataFrame) -> pd.DataFram
 def compare(table: int, reported: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
     """A row per published number: KEYS, NUMBER, `reported`, `reproduced`, `low`, `high`, `n`, `difference`.
 
-    `found` are tidy rows of cells with any number of seeds (`tcore/evaluation/results.py`); of a stage with
-    steps the last counts. `low` and `high` are the interval of `results.over_seeds`, `n` is the number of
+    `found` are tidy rows of cells with any number of random seeds (`tcore/evaluation/results.py`); of a stage
+    with steps the last counts. `low` and `high` are the interval of `results.over_seeds`, `n` counts random
     seeds, 0 where no cell is there. All in the published unit.
     """
     from tcore.evaluation import results  # here: whoever plans imports this module and needs no SciPy
@@ -132,8 +132,8 @@ def content(table: int, compared: pd.DataFrame) -> list:
     done, whole = (len(part.drop_duplicates(KEYS)) for part in (there, shown))
     unit = UNITS.get(table, "Percent")
     said = (
-        f"{done} of {whole} cells are there. {unit}. Reproduced: mean over seeds with its 95 % interval "
-        "(over test images where there is one seed) and the number of seeds."
+        f"{done} of {whole} cells are there. {unit}. Reproduced: mean over random seeds with its 95 % "
+        "interval (over test images where there is one random seed) and their number."
     )
     parts = [(f"Table {table}: {TITLES[table]}", said, [], [])]
     if done:

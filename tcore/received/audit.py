@@ -72,7 +72,7 @@ def distrust(
 
 
 def classes(images: ImageSet, table: pd.DataFrame) -> pd.DataFrame:
-    """Per class: its images, seeds, those in the subset, left out, and of these named otherwise by the model.
+    """Per class: its images, seed samples, those in the subset, left out, and those of them named otherwise.
 
     `excess` is the share left out over that of all classes; `stands_out` follows `EXCESS` and `LEAST_EXCESS`.
     """
@@ -122,11 +122,11 @@ def indicators(
 
     least = per_class.loc[per_class["seeds"].idxmin()]
     say(
-        "Seeds of the smallest class",
+        "Seed samples of the smallest class",
         f"{least['seeds']} ({least['name']})",
         least["seeds"] < FEW_SEEDS,
-        "Enough that a single wrong seed weighs little.",
-        f"Seed set small in class {least['name']}: a single wrong one weighs much; "
+        "Enough that a single wrong seed sample weighs little.",
+        f"Few seed samples in class {least['name']}: a single wrong one weighs much; "
         "treat the result with care.",
     )
     share = (

@@ -41,10 +41,10 @@ def repeats(images: ImageSet) -> dict[str, int]:
 
 
 def check_classes(images: ImageSet, settings: sift.Settings) -> dict[str, int]:
-    """The number of images of the smallest and the largest class, and of seeds of the smallest.
+    """The number of images of the smallest and the largest class, and of seed samples of the smallest.
 
     Raises InputError, naming the classes, where one has too few images for T-Core: each needs at least one
-    seed, and DBSCAN one core point.
+    seed sample, and DBSCAN one core point.
     """
     counts = np.bincount(images.labels, minlength=images.num_classes)
     if not 0 < settings.seed_share < 1:

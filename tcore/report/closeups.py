@@ -17,7 +17,7 @@ from tcore.files import load_table, load_tensors
 from tcore.poisoning import triggers
 from tcore.report import charts
 
-STAGES = {"sift": "seeds", "expand": "clean subset", "bootstrap": "clean pool"}
+STAGES = {"sift": "seed samples", "expand": "clean subset", "bootstrap": "clean pool"}
 
 _read_images = lru_cache(maxsize=3)(read_images)
 

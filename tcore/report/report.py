@@ -87,7 +87,7 @@ def narrative(table: pd.DataFrame, rows: list[dict]) -> dict[str, list[str]]:
     run = (
         "One stranger pre-trains an encoder, another labels a data set, a user joins the two: "
         f"{', '.join(pairs)}. {victims} {'case was' if victims == 1 else 'cases were'} built, "
-        f"{'each once' if seeds == 1 else f'each with up to {seeds} seeds'}."
+        f"{'each once' if seeds == 1 else f'each with up to {seeds} random seeds'}."
     )
     found, told = [], table["defense"].drop_duplicates().sort_values(key=lambda names: names != "none")
     if len(told) > TOLD:
@@ -137,7 +137,7 @@ def title(defense: str) -> str:
 
 
 def detections(found: pd.DataFrame) -> list[dict]:
-    """Per victim and detector, means over seeds: what it dropped, AUROCs, the cleanest of each class."""
+    """Per victim and detector, means over random seeds: what it dropped, AUROCs, the cleanest per class."""
     own = found[found["stage"].isin(["detect", "cleanest", "inputs"])]
     lines = []
     for key, cell in own.groupby([*VICTIM, "defense"], sort=True):

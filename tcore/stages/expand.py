@@ -1,4 +1,4 @@
-"""Seed expansion: from the seeds to the clean subset, by confusion training (paper: 4.1.2, Alg. 2).
+"""Seed expansion: from the seed samples to the clean subset, by confusion training (paper: 4.1.2, Alg. 2).
 
 A head is trained on the untrusted data and then confused: it goes on learning the untrusted
 data while it learns wrong labels for the trusted samples,
@@ -179,9 +179,9 @@ def expand(
     head: heads.Settings,
     seed: int,
 ) -> tuple[Tensor, dict]:
-    """Round (n,) int64 in which each sample joined the clean subset: 0 a seed, -1 never; and a log.
+    """Round (n,) int64 in which each sample joined the clean subset: 0 a seed sample, -1 never; and a log.
 
-    `trusted` and `core` (n,) bool mark the seeds and B_k, the samples that sifting's majority rule left.
+    `trusted` and `core` (n,) bool mark the seed samples and B_k, which sifting's majority rule left.
     The log has, for each round, the accuracy that confusion left on the trusted samples.
     """
     if settings.wrong_label not in WRONG_LABELS:

@@ -5,7 +5,7 @@ moved between them:
 
     majority     B_k = intersection over l of the largest DBSCAN cluster of A_l[D_k]
     consistency  s(x) = | NN_1(x) & NN_2(x) & NN_3(x) & D_k |,  NN_l the m nearest of all of D
-    seeds        the floor(share |D_k|) members of B_k with the largest s
+    seed samples the floor(share |D_k|) members of B_k with the largest s
 
 The paper's three layers are the encoder's output and the head's first two. A poisoned encoder has moved
 its triggered images before the first of these, into the middle of the target's class, and the head leaves
@@ -39,8 +39,8 @@ RULES = ("invariance", "random")
 
 @dataclass(frozen=True)
 class Settings:
-    seed_share: float = 0.01  # alpha, share of each class that becomes seeds [paper: App. A]
-    rule: str = "invariance"  # invariance or random: what chooses the seeds [paper: invariance]
+    seed_share: float = 0.01  # alpha, share of each class that becomes seed samples [paper: App. A]
+    rule: str = "invariance"  # invariance or random: what chooses the seed samples [paper: invariance]
     neighbours: int = 50  # m, nearest neighbours per layer [paper: App. A]
     min_samples: int = 5  # DBSCAN's core-point count, the point itself included [open]
     majority: float = 0.5  # share of a class in the largest cluster, which sets DBSCAN's radius [open]
@@ -118,10 +118,10 @@ def largest_cluster(points: np.ndarray, min_samples: int, majority: float) -> np
 
 
 def sift(layers: list[Tensor], labels: Tensor, settings: Settings, seed: int = 0) -> pd.DataFrame:
-    """A row per sample: index, label, in_core (majority rule), score (s), trusted (a seed).
+    """A row per sample: index, label, in_core (majority rule), score (s), trusted (a seed sample).
 
     `layers` as `activations` gives them, the last three for s.
-    The seed of random numbers is for the rule `random` alone.
+    The random seed is for the rule `random` alone.
     """
     if settings.rule not in RULES:
         raise InputError(f"sift.rule = {settings.rule!r} should be one of {RULES}")
@@ -130,8 +130,8 @@ def sift(layers: list[Tensor], labels: Tensor, settings: Settings, seed: int = 0
     if (sizes < least).any():
         small = {int(k): int(size) for k, size in zip(classes, sizes, strict=True) if size < least}
         raise InputError(
-            f"sift.seed_share {settings.seed_share} gives no seed in classes with fewer than {least} images "
-            f"(class: images {small}); raise it, or leave these classes out"
+            f"sift.seed_share {settings.seed_share} gives no seed sample in classes with fewer than {least} "
+            f"images (class: images {small}); raise it, or leave these classes out"
         )
     m = min(settings.neighbours, len(labels) - 1)
     score, spread = consistency(layers[-3:], labels, m, settings.block)

@@ -1,4 +1,4 @@
-"""What the paper's figures have in common on paper: sheets of panels, colours, curves over seeds."""
+"""What the paper's figures have in common on paper: sheets of panels, colours, curves over random seeds."""
 
 import textwrap
 
@@ -58,7 +58,7 @@ def panels(title: str, caption: str, count: int, **size: float) -> tuple[Figure,
 
 
 def over_seeds(rows: pd.DataFrame, by: str, largest: float = 1.0) -> pd.DataFrame:
-    """`value`, `low` and `high` over seeds (`results.over_seeds`) for each `by`, in rising order."""
+    """`value`, `low` and `high` over random seeds (`results.over_seeds`) for each `by`, in rising order."""
     found = {key: results.over_seeds(own, largest) for key, own in rows.groupby(by)}
     return pd.DataFrame.from_dict(found, orient="index", columns=["value", "low", "high"]).rename_axis(by)
 

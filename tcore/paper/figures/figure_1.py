@@ -24,7 +24,7 @@ METHODS = ()
 TITLE = "Figure 1: the target class in front of the head's last layer"
 CAPTION = (
     "The paper reports that poisons are no outliers of their class when only a head is trained; compare "
-    "whether the AUROCs stay near or below 0.5. One seed is drawn, the AUROCs are means over seeds."
+    "whether the AUROCs stay near or below 0.5. One random seed is drawn, the AUROCs are means over all."
 )
 
 
