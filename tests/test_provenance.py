@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tcore.running import provenance
+from tcore.running import provenance, record
 
 FILES = {
     "scripts/step.py": "from tcore.common import f\n\n\ndef main():\n    import tcore.late\n",
@@ -156,3 +156,12 @@ def test_other_files_count_by_their_bytes(project):
     provenance.code.cache_clear()
     (project / "page.html").write_text("two")
     assert before != provenance.code("step", files=("page.html",))
+
+
+def test_a_record_names_the_commit_and_whether_files_differ_from_it():
+    command = ["git", "-C", str(provenance.ROOT), "rev-parse", "HEAD"]
+    head = subprocess.run(command, capture_output=True, text=True)
+    if head.returncode:
+        pytest.skip("no checkout")
+    found = record.commit()
+    assert len(found.removesuffix("-dirty")) >= 10 and head.stdout.startswith(found.removesuffix("-dirty"))

@@ -66,7 +66,8 @@ class World:
             folder / f"{step}.run.json",
             {
                 "step": step, "settings": settings, "seed": 0, "versions": {"torch": "9.8.7"},
-                "device": "cpu", "seconds": seconds, "peak_ram_mb": 300.0, "peak_gpu_mb": None,
+                "commit": "c0ffee1234", "device": "cpu", "seconds": seconds,
+                "peak_ram_mb": 300.0, "peak_gpu_mb": None,
             },
         )  # fmt: skip
 
@@ -267,6 +268,14 @@ def test_numbers_on_the_page_are_those_of_the_predictions(world):
     for view, target in (("encoder_trigger", 1), ("dataset_trigger", 2)):
         rows = found[(found["view"] == view) & (found["label"] != target)]
         assert report.percent((rows["prediction"] == target).mean()) in world.html
+
+
+def test_the_page_names_commit_and_total_time(world):
+    own = (path for path in world.data.rglob("*.run.json") if path.parent != world.data / "results")
+    seconds = sum(json.loads(path.read_text())["seconds"] for path in own)
+    text = " ".join(Tags(world.html).text)
+    assert f"c0ffee1234 · {seconds / 60:.1f} minutes of computing in all" in text
+    assert f"{seconds:,.1f}" in text  # below the table of costs
 
 
 def test_failures_are_said_aloud(world):
