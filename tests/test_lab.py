@@ -60,3 +60,12 @@ def test_every_file_of_numbers_has_its_page():
 def test_a_number_that_is_nowhere_is_found():
     assert numbers("ASR 7.5 of 1,200 and T1, T2, ResNet-18, 3x") == {7.5, 1200}
     assert numbers(NAMED.sub("", "seeds 0, 1 and phase 3")) == {1}
+
+
+def test_the_readmes_results_are_those_of_the_lab():
+    lines = [
+        line for line in (ROOT / "README.md").read_text().splitlines() if "→" in line and line[:3] == "| T"
+    ]
+    told = {number for line in lines for number in re.findall(r"\d+\.\d", line)}
+    data = LAB["data"](ROOT / "docs/lab/photographs.md")
+    assert len(lines) == 5 and told <= set(data.loc[data["seed"] == "0-2", "value"])
