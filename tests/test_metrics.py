@@ -73,6 +73,7 @@ def test_wilson_published_values():
         (1, 29, 0.0061, 0.1718),
     ]:
         assert metrics.wilson(hits, n) == pytest.approx((low, high), abs=5e-5)
+    assert metrics.wilson(0, 900)[0] == 0 and metrics.wilson(900, 900)[1] == 1
     assert np.isnan(metrics.wilson(0, 0)).all()
 
 

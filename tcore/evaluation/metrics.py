@@ -29,10 +29,8 @@ def wilson(hits: int, n: int, level: float = LEVEL) -> tuple[float, float]:
     """Wilson's score interval for the share hits / n."""
     if n == 0:
         return float("nan"), float("nan")
-    z, p = stats.norm.ppf((1 + level) / 2), hits / n
-    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    return max(float(centre - half), 0.0), min(float(centre + half), 1.0)
+    low, high = stats.binomtest(hits, n).proportion_ci(level, method="wilson")
+    return float(low), float(high)
 
 
 def t_interval(values, level: float = LEVEL) -> tuple[float, float, float]:
