@@ -284,6 +284,15 @@ def test_input_detectors_are_judged_on_images_of_other_classes():
     assert results.input_rows(inputs, {"encoder": {"attack": "clean"}}, "y") == []
 
 
+def test_input_detectors_are_judged_on_the_classes_that_an_attack_aims_at():
+    """TaCT aims at its source classes: a detector that flags exactly those is perfect."""
+    inputs = pd.DataFrame({"label": [0, 1, 2, 3] * 2, "view": ["clean"] * 4 + ["dataset_trigger"] * 4})
+    aimed = (inputs["view"] != "clean") & (inputs["label"] == 1)
+    triggers = {"dataset": {"attack": "tact", "target": 2, "goals": [-1, 2, -1, -1]}}
+    found = numbers(results.input_rows(inputs.assign(score=aimed * 1.0, flagged=aimed), triggers, "tact"))
+    assert found["inputs", "tpr_dataset"] == found["inputs", "auroc_dataset"] == 1
+
+
 @pytest.mark.parametrize("name", [n for n in NAMES if hasattr(registry.load("defenses", n), "score_inputs")])
 def test_input_detectors_score_an_image_by_itself(name):
     method, received = registry.load("defenses", name), tiny()

@@ -162,11 +162,13 @@ def detector_rows(truth: pd.DataFrame, samples: pd.DataFrame) -> list[dict]:
 
 
 def input_rows(inputs: pd.DataFrame, triggers: dict[str, dict], dataset_attack: str) -> list[dict]:
-    """How well `score` and `flagged` tell triggered images of other classes from clean ones."""
+    """How well `score` and `flagged` tell triggered images that an attack aims at from clean ones."""
     rows, clean = [], inputs["view"] == "clean"
     for name, meta in _own_triggers(triggers, dataset_attack).items():
         triggered = inputs["view"] == f"{name}_trigger"
-        aimed = triggered & (inputs["label"] != meta["target"])
+        goals = meta.get("goals")
+        aims = metrics.goals(inputs["label"].to_numpy(), meta["target"] if goals is None else goals)
+        aimed = triggered & (aims >= 0)
         shown = inputs[clean | aimed]
         is_triggered = (shown["view"] != "clean").to_numpy()
         rows += [

@@ -27,7 +27,7 @@ those whose trigger it has not learnt yet, and their d is smallest: with `steady
 |P| / n reaches it, with the smallest CE + |CE - CE of the copy|, what both have right. That keeps out
 some poisons and lets in others, so it is off. Crops can lower what is left of the encoder's trigger. What
 was of no use (a warm-up, more passes of the copy, colours and blur, losses on views) is in
-docs/lab/bootstrapping.md.
+docs/lab/tried.md.
 """
 
 import copy

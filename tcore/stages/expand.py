@@ -12,8 +12,7 @@ until Dsub holds `subset_share` of D. The encoder is frozen; all runs on cached 
 
 Not in the paper: only samples of B_k, which passed sifting's majority rule, can join (`within_core`). They
 are about a quarter of D with hardly a poison, also where confusion fails because a backdoored encoder puts
-poisons at the class's centre, and less varied: the demo does better without (measured:
-docs/lab/confusion.md).
+poisons at the class's centre, and less varied: narrow worlds take all of D (docs/lab/clean-subset.md).
 Where they are fewer than asked, all of them join, without confusion.
 
 Where a trigger hardly shows in the features, confusion forgets poisons as it does clean samples, and the
