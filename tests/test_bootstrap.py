@@ -128,6 +128,7 @@ def test_fresh_filters_have_the_spread_of_he_initialisation():
 
 def test_norms_are_measured_over_the_images(data):
     images, toy = data[0][:48], encoder()
+    toy.bn2.momentum = 0.01  # as EfficientNet's
     before = copy.deepcopy(toy)
     stage.measure_norms(toy, images, UNTRUSTED, batch=16)
     x = images.double() / 255 - 0.5
@@ -143,7 +144,7 @@ def test_norms_are_measured_over_the_images(data):
         for key in old:
             assert torch.equal(old[key][~flags], new[key][~flags])
         assert (old["running_mean"] != new["running_mean"])[flags].all()
-    assert {norm.momentum for norm in (toy.bn1, toy.bn2)} == {0.1}
+    assert (toy.bn1.momentum, toy.bn2.momentum) == (0.1, 0.01)
 
 
 def test_gradients_reach_the_head_and_the_untrusted_channels_only(data):
@@ -218,6 +219,13 @@ def test_phases_one_and_two_add_samples_of_the_core_alone(data):
     assert (pool["round"] == 6).sum() == 20  # phase 3, a quarter of the 80 outside
     _, free, _ = run(data, replace(SETTINGS, within_core=False), core=core)
     assert free.equals(run(data)[1])
+
+
+def test_a_pool_that_is_full_ends_phases_one_and_two_too(data):
+    settings = replace(SETTINGS, gamma1=1.0, within_core=False, rho=1.0)
+    _, table, log = run(data, settings)
+    assert log["pool"][-1] == len(table) and (table["round"] >= 0).all()
+    assert table["phase"].max() == 1
 
 
 def test_bootstrapping_depends_on_its_seed_alone(data):
@@ -329,7 +337,9 @@ def test_the_model_trains_on_crops_and_is_measured_on_whole_images_like_the_copy
     assert not crops
 
 
-@pytest.mark.parametrize("wrong", [{"crop_min": 0.0}, {"crop_min": 1.5}, {"steady": -0.1}, {"steady": 1.5}])
+@pytest.mark.parametrize(
+    "wrong", [{"crop_min": 0.0}, {"crop_min": 1.5}, {"steady": -0.1}, {"steady": 1.5}, {"rho": 1.5}]
+)
 def test_a_share_that_cannot_be_is_named(data, wrong):
     ((name, value),) = wrong.items()
     with pytest.raises(InputError, match=f"bootstrap.{name} = {value} should"):

@@ -8,11 +8,12 @@ trusted channels stay. Training on a pool P of clean samples and growing P take 
     3  until |P| / n >= rho: train a copy for one epoch on D \\ P and add the gamma3 with the
        smallest d(x) = CE(x; model) - CE(x; copy): what the copy is slow to learn is clean
 
-Phases come from ASD (Gao et al., CVPR 2023). Not in the paper, hence settings: epochs per
-round (none before the first), optimiser and rate, whether batch norm uses stored
-statistics (`frozen_norm`) or those of the batch, whether the model trains on random crops of the images
-(`crop_min`; it is measured, and the copy trained, on whole images), and a last training on the final pool
-with the rate decaying to 0. Shares are of the rest D \\ P, the literal reading (`of_rest`).
+A pool that is full ends phases 1 and 2 too. Filters, scales and shifts of trusted channels stay; their
+batch-norm statistics change unless `frozen_norm`. Phases come from ASD (Gao et al., CVPR 2023). Not in the
+paper, hence settings: epochs per round (none before the first), optimiser and rate, whether batch norm uses
+stored statistics (`frozen_norm`) or those of the batch, whether the model trains on random crops of the
+images (`crop_min`; it is measured, and the copy trained, on whole images), and a last training on the final
+pool with the rate decaying to 0. Shares are of the rest D \\ P, the literal reading (`of_rest`).
 Filters start as He et al. (2015) do, rows of linear layers as PyTorch's, biases at 0. The batch-norm
 entries of untrusted channels are reset (scale 1, shift 0) and trained along, their statistics measured
 anew; layer norm, which has no channels of one layer's own, stays as it is.
@@ -101,6 +102,7 @@ def measure_norms(encoder: nn.Module, images: Tensor, untrusted: dict[str, Tenso
     """Stored batch-norm statistics of the untrusted channels, from uint8 images, in place."""
     norms = norms_behind(encoder)
     stored = {name: (norm.running_mean.clone(), norm.running_var.clone()) for name, norm in norms.items()}
+    momenta = {name: norm.momentum for name, norm in norms.items()}
     encoder.train()
     for norm in norms.values():
         norm.reset_running_stats()
@@ -112,7 +114,7 @@ def measure_norms(encoder: nn.Module, images: Tensor, untrusted: dict[str, Tenso
     for name, norm in norms.items():
         good = ~untrusted[name]
         norm.running_mean[good], norm.running_var[good] = (s[good] for s in stored[name])
-        norm.momentum = 0.1
+        norm.momentum = momenta[name]
 
 
 def trainable(model: Classifier, untrusted: dict[str, Tensor], norm_too: bool = True) -> list[nn.Parameter]:
@@ -220,6 +222,7 @@ def bootstrap(
     for name, right, what in (
         ("crop_min", 0 < settings.crop_min <= 1, "a share of the image, in (0, 1]"),
         ("steady", 0 <= settings.steady <= 1, "a share of the images, in [0, 1]"),
+        ("rho", 0 < settings.rho <= 1, "a share of the images, in (0, 1]"),
     ):
         if not right:
             raise InputError(f"bootstrap.{name} = {getattr(settings, name)} should be {what}")
@@ -244,7 +247,7 @@ def bootstrap(
         tqdm(total=int(settings.rho * n), initial=log["pool"][0], desc="bootstrap", unit="sample") as bar,
     ):
         torch.manual_seed(seeds.derive(seed, "bootstrap", "dropout"))
-        while schedule or int(pool.sum()) < settings.rho * n:
+        while int(pool.sum()) < settings.rho * n:
             phase = schedule.pop(0) if schedule else 3
             rounds += 1
             epochs = settings.epochs_meta if phase == 3 else settings.epochs
