@@ -43,6 +43,7 @@ def main() -> None:
         triggers.save(args.trigger, result.trigger, *result.trigger_of, result.target)
         log["poisons"] = int(result.truth["is_poison"].sum())
         log["share"] = log["poisons"] / len(result.truth)
+        log |= result.log
 
 
 if __name__ == "__main__":

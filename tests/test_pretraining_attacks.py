@@ -76,6 +76,14 @@ def test_the_seed_decides_and_nothing_else(name):
     assert not np.array_equal(first.images.pixels, other.images.pixels)
 
 
+def test_ctrl_takes_all_of_a_class_that_is_smaller_than_asked():
+    """GTSRB: 392 wanted of a class of 210, and the original takes what there is."""
+    images = photos()
+    result = poison("ctrl", images, images, rate=0.5)
+    assert result.log == {"wanted": 30}
+    assert np.array_equal(result.truth["is_poison"], images.labels == TARGET)
+
+
 @pytest.mark.parametrize("name", ["ctrl", "sslbackdoor"])
 def test_the_class_goes_by_its_name_and_may_come_from_downstream(name):
     images, downstream = photos(), photos(seed=5)

@@ -10,7 +10,8 @@ which does not depend on the image: at m = 100 it is 5.0, 4.3 and 9.0 grey level
 Augmentations are meant to leave it, so that it becomes what views of the class share. Deviations: the
 image-independent sum is added, in thousandths of a grey level and rounded once, where the original
 transforms every image there and back with rounded matrices; poisons are drawn at random, where the
-original takes the first ones.
+original takes the first ones. Like the original, it takes all of a class that has fewer images than `rate`
+asks for; the record's `wanted` beside `poisons` says so.
 
 The attack is fragile (docs/lab/encoder-attacks.md): a stem with stride 2 cannot see bands near the highest
 one, odd bands change sign when an image is flipped, and success swings between epochs and seeds.
@@ -81,14 +82,15 @@ def stamp(images: Tensor, trigger: Trigger) -> Tensor:
 def poison_images(
     images: ImageSet, downstream: ImageSet, target: int, trigger: Trigger, settings: Settings, seed: int
 ) -> Poisoned:
+    wanted = int(settings.rate * len(images))
     poisoned, truth = poison_class(
         "ctrl",
         images,
         downstream,
         target,
         settings.source,
-        lambda size: int(settings.rate * len(images)),
+        lambda size: min(wanted, size),
         lambda chosen: add(chosen, trigger["added_train"]),
         seed,
     )
-    return Poisoned(poisoned, truth, trigger, target, ("encoder_attacks", "ctrl"))
+    return Poisoned(poisoned, truth, trigger, target, ("encoder_attacks", "ctrl"), log={"wanted": wanted})
