@@ -267,12 +267,21 @@ def test_collect_adds_up_the_defences_own_steps(tmp_path):
 def test_summary_and_overview_by_hand():
     cells = [_cell(0, 0.8, 0.02), _cell(1, 0.6, 0.04), _cell(0, 0.9, 0.99, defense="none")]
     found = results.collect(cells, {})
-    assert results.summary(found)["T1+T2"]["tcore"] == pytest.approx({"acc": 0.7, "asr_encoder": 0.03})
+    ((victim, own),) = results.summary(found)["T1+T2"].items()
+    assert victim == "scenes-badencoder/signs-badnets"
+    assert own["tcore"] == pytest.approx({"acc": 0.7, "asr_encoder": 0.03})
     lines = results.overview(found).set_index("defense")
     assert lines.loc["tcore", ["n", "acc_mean"]].tolist() == pytest.approx([2, 0.7])
     assert lines.loc["tcore", "acc_sd"] == pytest.approx(0.02**0.5)
     assert lines.loc["none", ["acc_low", "acc_high"]].tolist() == pytest.approx([0.8, 1.0])
     assert np.isnan(lines.loc["tcore", "asr_dataset_mean"])
+
+
+def test_the_summary_does_not_average_over_attacks():
+    blended = _cell(0, 0.8, 0.79).assign(dataset_attack="blended")
+    found = results.summary(results.collect([_cell(0, 0.8, 0.03), blended], {}))["T1+T2"]
+    rates = {victim: own["tcore"]["asr_encoder"] for victim, own in found.items()}
+    assert rates == {"scenes-badencoder/signs-badnets": 0.03, "scenes-badencoder/signs-blended": 0.79}
 
 
 def test_a_cell_named_twice_is_refused():

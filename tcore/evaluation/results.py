@@ -330,13 +330,15 @@ def collect(tables: list[pd.DataFrame], records: dict[Path, dict]) -> pd.DataFra
 
 
 def summary(results: pd.DataFrame) -> dict:
-    """scenario -> defense -> metric -> mean over random seeds, pairs and attacks."""
+    """Means over random seeds: scenario -> `<pretrain>-<attack>/<downstream>-<attack>` -> defense -> metric."""
     rows = results[(results["stage"] == "test") & results["metric"].isin(OUTCOMES)]
+    victim = rows["pretrain"] + "-" + rows["encoder_attack"]
+    victim += "/" + rows["downstream"] + "-" + rows["dataset_attack"]
+    means = rows.assign(victim=victim).groupby(["scenario", "victim", "defense", "metric"])["value"].mean()
     nested: dict = {}
-    for (scenario, defense, metric), value in (
-        rows.groupby(["scenario", "defense", "metric"])["value"].mean().items()
-    ):
-        nested.setdefault(scenario, {}).setdefault(defense, {})[metric] = round(value, 6)
+    for (scenario, victim, defense, metric), value in means.items():
+        found = nested.setdefault(scenario, {}).setdefault(victim, {}).setdefault(defense, {})
+        found[metric] = round(value, 6)
     return nested
 
 
