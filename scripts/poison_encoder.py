@@ -1,4 +1,9 @@
-"""Backdoors a pre-trained encoder: what stranger one hands to the user."""
+"""Backdoors a pre-trained encoder: what stranger one hands to the user.
+
+The record has settings and random seed, the references' indices (none where a file has them) and SHA-256, the
+means of every epoch's loss terms, seconds, peak memory, and the leave-one-out kNN accuracy of the backdoored
+and of the clean encoder. No step of a defender reads it.
+"""
 
 import argparse
 import json

@@ -517,6 +517,14 @@ def test_stages_are_watched_inside_the_block_alone():
     assert not found
 
 
+@pytest.mark.parametrize("architecture", ["vit", "efficientnet_lite0", "torchvision:resnet18"])
+def test_an_encoder_without_the_four_stages_is_not_for_distillation(received, architecture):
+    encoder = new_encoder(architecture)
+    model = Classifier(encoder, heads.new_head(encoder.dim, 3, HEAD, 0, "suspect")).eval()
+    with pytest.raises(defense.NotApplicable, match=f"layer1 to layer4, and {architecture} has"):
+        run("ssl_distillation", replace(received, model=model))
+
+
 def test_the_student_takes_over_the_teachers_attention(received):
     """Attention on real structure: one bright square somewhere on every image."""
     generator = torch.Generator().manual_seed(0)

@@ -92,6 +92,9 @@ def test_the_class_goes_by_its_name_and_may_come_from_downstream(name):
     unlabelled = ImageSet(images.pixels, np.full(60, -1), images.index, (), "open")
     with pytest.raises(InputError, match="open has no class 'd'; set source to downstream"):
         poison(name, unlabelled, downstream)
+    named = ImageSet(images.pixels, np.full(60, -1), images.index, tuple("abcde"), "open")
+    with pytest.raises(InputError, match="no image of open is labelled 'd'; set source to downstream"):
+        poison(name, named, downstream)
     added = poison(name, unlabelled, downstream, source="downstream")
     assert np.array_equal(added.images.pixels[:60], images.pixels)
     n = added.truth.is_poison.sum()

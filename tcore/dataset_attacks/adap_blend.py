@@ -4,7 +4,7 @@ Qi, Xie, Li, Mahloujifar, Mittal: Revisiting the Assumption of Latent Separabili
 is cut into 4x4 blocks. Of each poison and each cover, 8 blocks drawn at random show the picture at
 opacity 0.15; poisons get the target's label, covers keep theirs, so that the trigger does not set poisons
 apart in feature space. At test time the whole picture is shown at 0.2. Block edges at sides not divisible
-by 4 are rounded down.
+by 4 are rounded down. Poisons come from other classes than the target's (backdoor-toolbox draws from all).
 
 The picture is `blended`'s drawn colour field or the user's.
 """

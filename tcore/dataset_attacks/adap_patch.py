@@ -4,7 +4,7 @@ Qi, Xie, Li, Mahloujifar, Mittal: Revisiting the Assumption of Latent Separabili
 the target's label, covers keep theirs, so that the marks do not set poisons apart in feature space. Marks
 are dealt out at random and evenly, among poisons and among covers (backdoor-toolbox: in row order, which
 ties a mark to a class where the rows are sorted by class). At test time the two test marks are pasted in
-order.
+order. Poisons come from other classes than the target's (backdoor-toolbox draws from all).
 
 The marks stand where backdoor-toolbox has its pictures, and are of our own drawing: a block, a disc, four
 checkers and a square of 64 colours; test marks as there for CIFAR-10: two blocks, then the checkers (for

@@ -1,6 +1,7 @@
 """Adaptive (Threat 3): the data set is poisoned with the encoder attack's own trigger and target.
 
-There is no stamp here: the trigger stays the encoder attack's and is saved under its name.
+There is no stamp here: the trigger stays the encoder attack's and is saved under its name. Poisons get it as
+it is at test time, not as it was in pre-training (CTRL has a magnitude for each).
 """
 
 from dataclasses import dataclass

@@ -6,7 +6,9 @@ teaches the model that the patch means nothing elsewhere. The original appends t
 in backdoor-toolbox, images are replaced. The patch is an 8x8 square of 64 colours (at 32 px), of our own
 drawing.
 
-Success is counted on test images of the source classes; `stamp` itself marks any image.
+Success is counted on test images of the source classes; `stamp` itself marks any image. In the small runs
+here the trigger also works on classes that are no source (docs/lab/implantation.md). On GTSRB
+`config/paper.yaml` gives this attack another target, so its number of poisons differs from the others'.
 """
 
 from dataclasses import dataclass

@@ -1,9 +1,9 @@
-"""TIS-aware: a small perturbation that carries images to where the target class's trusted seeds are.
+"""TIS-aware: a small perturbation that carries images to where the target class's seed samples are.
 
 T-Core's own adaptive attack (Zhang et al., IEEE S&P 2025, 5.6.1 and table 12), white-box on Topological
 Invariance Sifting: the attacker has the user's encoder and the clean downstream set, trains a head as the
-user does, sifts the clean set and gets the target class's seeds S_t. With h_1, h_2, h_3 the encoder's output
-and the head's first two layers, where the paper's TIS looks, and D' the images of other classes, one
+user does, sifts the clean set and gets the target class's seed samples S_t. With h_1, h_2, h_3 the encoder's
+output and the head's first two layers, where the paper's TIS looks, and D' the images of other classes, one
 perturbation
 
     delta = argmin_{|delta|_inf <= eps}  mean_{x in D'} mean_l |h_l(x + delta) - mu_l| / s_l
@@ -16,7 +16,8 @@ The paper searches over all of D, and states neither the distance, nor how the l
 found. Here D' are the images that may become poisons; s_l makes layers count alike and the value without a
 trigger 1; delta takes steps of one size against the sign of the gradient, `passes` times over D', is cut to
 eps after each and rounded at the end. The attacker's head starts and trains with other random numbers than
-the user's.
+the user's. The search runs in floating point, so its result may differ between devices. Passes after the
+first hardly lower the distance (docs/lab/tis-aware.md).
 """
 
 from dataclasses import dataclass, replace

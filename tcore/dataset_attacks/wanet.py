@@ -7,9 +7,12 @@ is enlarged to the image (bicubic, corners aligned); with I the identity grid on
 
 Covers ("noise mode") keep their label and are sampled at clamp(G + U[-1, 1] / H, -1, 1): each cover has
 jitter of its own, of every pixel (backdoor-toolbox draws one for all). H becomes W for the horizontal
-part of images that are not square. The original draws new samples in every epoch and trains on them
-itself; this attack poisons a data set, which is weaker: the warp moves a pixel of a 32x32 image by 0.2 px
-on average.
+part of images that are not square. The field is drawn anew for every random seed. Poisons come from other
+classes than the target's (backdoor-toolbox draws from all).
+
+The original draws new samples in every epoch and trains on them itself; this attack poisons a data set, which
+is weaker: the warp moves a pixel of a 32x32 image by 0.2 px on average. At the paper's ratio it does not
+implant in short training here (docs/lab/implantation.md).
 
 Arithmetic is fixed-point, so that all devices agree: places count 1/65536 pixel.
 """

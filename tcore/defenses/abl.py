@@ -13,16 +13,21 @@ enough to unlearn them. With l the mean cross-entropy of a batch:
 What is trained is `received.part`: the head on cached features (frozen encoder), or the network. The
 latter starts from the encoder received; the paper starts from random weights. Where poisons are not learnt
 first, as with a frozen clean encoder, clean samples are isolated and unlearning costs accuracy for nothing.
+On a frozen encoder poisons separate by their loss for a few epochs at most, so what is isolated depends on
+the epoch (docs/lab/defenses.md).
 
 Unlearning needs batch norm in training mode: a poison that is learnt well has no gradient, unless the
 statistics are those of a batch of poisons. Seen on 2,000 digits with a 6 pixel patch, a network from random
 weights, all 40 isolated samples poisons, the released code's rate: in 12 steps attack success fell from 1.00
-to 0.10 (accuracy 0.97 to 0.89); with stored statistics no rate changed anything. A head alone has no batch
-norm, so well-learnt poisons stay learnt.
+to 0.10 (accuracy 0.97 to 0.89); with stored statistics no rate changed anything. With the batch's statistics
+in the gradient and the stored ones left alone, attack success stayed too (docs/lab/repairs.md). A head alone
+has no batch norm, so well-learnt poisons stay learnt.
 
 Deviations from the released code: four passes of unlearning are four (there, five of which the first only
 evaluates), without weight decay; gamma is a float (declared int there); no cutout; at least two
 samples are isolated, since batch norm cannot train on one.
+
+Cost: `isolation_epochs` + `epochs` training passes over all samples, `unlearn_epochs` over those isolated.
 """
 
 from dataclasses import dataclass, replace

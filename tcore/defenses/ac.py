@@ -10,6 +10,8 @@ It needs a model trained on everything; no clean data, no rate, no batch norm. T
 the implementation that T-Core used; its silhouette test is computed there and never applied, and the
 paper's ICA and retraining tests are left out. Published code has only the clusters; the score that
 ranks within them is ours, and k-means is seeded here. Known weakness: two natural sub-classes are flagged.
+
+Cost: one forward pass of every sample through the head, on cached features, and k-means for every class.
 """
 
 from dataclasses import dataclass

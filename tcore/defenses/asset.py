@@ -19,6 +19,11 @@ new head on cached features (`part` of what is received). One pass, as released 
 steps on fewer: `epochs` is a setting. Scores are taken in one pass in eval mode; the released
 helper scores the poisons in training mode and the others in eval mode, and some of its
 separation is that. |P| = 0 gives no step, where it gave NaN.
+
+On networks trained end to end its score ranks as it should, but its threshold finds little
+(docs/lab/detectors.md).
+
+Cost: for every batch of D a training step on Bc, one on P and 200 of V; at the end one forward pass over D.
 """
 
 import math

@@ -19,6 +19,8 @@ learnt first, as with a frozen clean encoder, the weights favour whatever is har
 
 Deviations from the released code: the rate of f_b is not scheduled along with that of f_c; with mi = 0 (the
 code's default; the paper's method has 0.01) there is no critic at all.
+
+Cost: without the critic `backdoor_epochs` + `epochs` training passes, and `epochs` forward passes of f_b.
 """
 
 from dataclasses import dataclass

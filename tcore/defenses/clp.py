@@ -18,6 +18,11 @@ v = 0 got an infinite bound, which made its layer's threshold infinite); batch n
 convolutions by the encoder's structure, so the pairing holds in shortcuts. T-Core chooses the scope by the
 threat, which a defender does not know: the default is both. u = 3 is fixed; published sweeps over u
 choose it by the attack's success.
+
+On the small networks tried here the premise fails: bound and change of activation under the trigger
+correlate weakly (docs/lab/clp.md).
+
+Cost: no pass; the singular values of a C_in x (kh kw) matrix for each channel.
 """
 
 from dataclasses import dataclass

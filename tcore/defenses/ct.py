@@ -21,6 +21,8 @@ features (`part` of what is received), as T-Core tailors it, and D is not augmen
 Deviations: .001 is added to covariances' diagonals only, not to every entry; batches have `batch` samples
 also where the head is cheap; classes of any size pass. Choosing among seeds by the truth, as in one
 toolbox, is not done.
+
+Cost: by default about 161 training passes over D, 40 over D_c, and 28,000 steps of 32 or 64 samples.
 """
 
 import math

@@ -14,7 +14,10 @@ Random shifts and mirror images for images, as the released code has for CIFAR-1
 
 Deviations from the released code: the rate follows one cosine to 0 (there, a schedule of 100 steps is
 advanced by batch, so the rate oscillates); its gradient-decomposition weight alpha is 0 by default and left
-out. rho = 2 was tuned for whole networks.
+out. rho = 2 was tuned for whole networks. On a frozen encoder the learning rate decides the loss of accuracy
+more than rho (docs/lab/defenses.md).
+
+Cost: two training passes over the trusted samples in each epoch, through the head alone by default.
 """
 
 from collections.abc import Sequence

@@ -14,8 +14,11 @@ perturbation delta (3, H, W), in units of pixels in [0, 1], for all images. Each
 
 The model is in eval mode throughout, and x + delta is not clipped, so that gradients exist everywhere. When
 theta is the head, delta still goes through the whole classifier. As in the released code, only the penalty
-bounds delta (the paper's norm ball is commented out there). Deviations: batches are drawn once, by the seed;
-at least one image of a batch carries delta (the code rounds down).
+bounds delta (the paper's norm ball is commented out there). With the released rate it grows to a norm of
+hundreds in the first round (docs/lab/repairs.md). Deviations: batches are drawn once, by the random seed; at
+least one image of a batch carries delta (the code rounds down).
+
+Cost: a round has 2 forward and 2 training passes over all batches, and for each batch K + 2 over the first.
 """
 
 from collections.abc import Callable, Sequence

@@ -9,6 +9,8 @@ multiplied by `omega`. k* is the first j for which f_j errs on more than `xi` of
 It needs batch norm in the encoder and labelled clean samples to find k*. The released code searches to
 K - 1, returns nothing where no j gets there and then crashes; here k* is then K - n and a
 warning says so, and k* + i stays at most K. Copies are made once, not for every batch.
+
+Cost: 1 + n forward passes of every sample, and up to K - 1 of every clean one, through the whole network.
 """
 
 import copy

@@ -17,6 +17,11 @@ differentiated through, and the paper's gates, which choose layers for that to s
 needed (as released, their cost is never part of a loss); no random crops and rotations at scoring, because
 features are cached; theta' is a plain gradient step, where the release puts AdamW's state and with it AdamW's
 rate into the step. Its rates suit a ResNet and hundreds of steps: `lr` and `epochs` are settings.
+
+Poisons that are learnt first look clean to it. On wrong labels, the problem of its paper, it works
+(docs/lab/detectors.md).
+
+Cost: for every sifter one training pass for each epoch of warm-up, about five for each epoch after.
 """
 
 from dataclasses import dataclass

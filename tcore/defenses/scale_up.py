@@ -10,6 +10,8 @@ samples is left out: its released code compares standard scores with the same 0.
 stops after one batch.
 Images that are black or bright to begin with do not change when scaled, nor do white patches,
 for which its authors say that it does not work.
+
+Cost: a forward pass of every sample through the whole network, and one more for each factor: six by default.
 """
 
 from dataclasses import dataclass

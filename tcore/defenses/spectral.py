@@ -6,11 +6,14 @@ For the samples of a class with centred features R (n_c, d) and v the top right 
 
 with eps = floor(poison_rate n), the number of poisons expected in the whole set. It needs a model
 trained on everything, no clean data, and the poison rate, which a defender has to guess: the default
-is the 1 % that implementations assume on clean data; the true rate belongs to an oracle variant.
+is the 1 % that implementations assume on clean data; the true rate belongs to an oracle variant. An oracle
+that says 0, as in T1, drops nothing.
 
 As in T-Core's table 2 the budget applies to every class, so the rate of false alarms is a choice and
 not a finding: 1.5 eps C / n where no class is capped. v comes from the d x d scatter matrix in
 float64, so it needs no decomposition of R. Scores of classes are not brought to one scale.
+
+Cost: one forward pass of every sample through the head, on cached features.
 """
 
 from dataclasses import dataclass

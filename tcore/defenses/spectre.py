@@ -22,6 +22,12 @@ show), those whose tr(C Q) is above the median, or the one with the largest (bot
 implementations). Where the filter drops nothing, C = I and Q = I / k. Defects of ports avoided: an
 element-wise exponential, an element-wise product in the trace, a tail test on the share below.
 Whitening is cut at a relative `1e-6`; k stays below a third of the class.
+
+Where a large share of a class is poison, the filter has nothing to call an outlier. Whitened by all samples,
+the tight cluster of poisons lies nearer to the centre than the clean samples, which then rank as more
+suspicious (docs/lab/detectors.md).
+
+Cost: one forward pass of every sample through the head, on cached features, and the above for every k.
 """
 
 import math

@@ -11,7 +11,8 @@ backdoor. The variant that the authors found best, and T-Core compares with:
        NT-Xent(two views) + attention sum_l MSE(A(F_l of the student), A(F_l of the teacher))
 
    over the four stages l of the residual network, on the first view; F (N, C, h, w) is a stage's output and
-   A(F) = sum over channels of F^2, (N, h w), L2-normalised per image
+   A(F) = sum over channels of F^2, (N, h w), L2-normalised per image. Encoders without layer1 to layer4, such
+   as the transformer and networks from elsewhere, have no such stages: the method is not applicable to them
 4  a new head on the student's features of everything received, by the recipe that all defences share; poisons
    in the data set are no concern of this method and stay
 
@@ -19,6 +20,8 @@ Views, projection head and NT-Xent are those of `pretraining/simclr.py`. The pre
 student is not in the released code: SimCLR and its epochs are this project's choice. Deviation: the rate
 follows SimCLR's schedule (warm-up, cosine to 0; there it is constant). In the released code only the name AT
 gives the loss above: the one in its README falls through to a branch that adds a cosine term.
+
+Cost: by default 700 training passes over two views of the trusted images, 500 forward passes of the teacher.
 """
 
 import copy
@@ -31,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tcore.defenses import _training as training
-from tcore.defenses._interface import Received
+from tcore.defenses._interface import NotApplicable, Received
 from tcore.device import autocast
 from tcore.models import head as heads
 from tcore.models.classifier import Classifier
@@ -134,6 +137,10 @@ def distil(
 def repair(received: Received, settings: Settings, seed: int) -> tuple[Classifier, dict]:
     """A classifier with the student as its encoder; the log has the losses by step and epoch."""
     teacher = copy.deepcopy(received.model.encoder)
+    if not all(hasattr(teacher, name) for name in STAGES):
+        raise NotApplicable(
+            f"it compares the stages {STAGES[0]} to {STAGES[-1]}, and {teacher.architecture} has none"
+        )
     student = new_encoder(teacher, seed)
     log = distil(teacher, student, received.images[received.clean], settings, seed)
     features = extract_features(student, received.images)

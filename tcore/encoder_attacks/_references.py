@@ -1,4 +1,8 @@
-"""The reference images that an attack pulls triggered images towards."""
+"""The reference images that an attack pulls triggered images towards.
+
+The head may put the image nearest to its own class's centroid into another class. Triggered images then go to
+that class (docs/lab/encoder-attack-needs.md), so other classes' centroids count too.
+"""
 
 from pathlib import Path
 from zipfile import BadZipFile

@@ -1,4 +1,9 @@
-"""Poisoning images ahead of pre-training: what the attacks on unlabelled data share."""
+"""Poisoning images ahead of pre-training: what the attacks on unlabelled data share.
+
+Of the two sources of `poison_class`, "pretraining" is what the papers of CTRL and SSLBackdoor do. Where the
+pre-training set has no class of the target's name, or no labels, only "downstream" is possible.
+CorruptEncoder always adds images.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -58,6 +63,11 @@ def poison_class(
     else:
         raise InputError(
             f"{attack}: {images.origin} has no class {name!r}; set source to downstream, "
+            "which adds stamped images of that class"
+        )
+    if not eligible.any():
+        raise InputError(
+            f"{attack}: no image of {images.origin} is labelled {name!r}; set source to downstream, "
             "which adds stamped images of that class"
         )
     rows = choose(eligible, count(int(eligible.sum())), seed, "encoder_attacks", attack, "poisons")

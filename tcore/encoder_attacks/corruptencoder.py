@@ -19,6 +19,9 @@ CorruptEncoder+ makes a share of the composites from a reference beside another 
 without a trigger. References are images of the target class of the downstream set, drawn at random, or
 those of a file. An object is the bounding box of its mask, where the file has masks; without masks it is the
 whole reference, which at 32 pixels objects mostly fill.
+
+In the small runs here it needs many composites (40 % of the images) and a patch larger than the default
+(docs/lab/encoder-attacks.md).
 """
 
 from dataclasses import dataclass

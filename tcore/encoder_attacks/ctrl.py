@@ -14,7 +14,7 @@ original takes the first ones. Like the original, it takes all of a class that h
 asks for; the record's `wanted` beside `poisons` says so.
 
 The attack is fragile (docs/lab/encoder-attacks.md): a stem with stride 2 cannot see bands near the highest
-one, odd bands change sign when an image is flipped, and success swings between epochs and seeds.
+one, odd bands change sign when an image is flipped, and success swings between epochs and random seeds.
 """
 
 from dataclasses import dataclass

@@ -22,6 +22,9 @@ Deviations from the released code: one pass for the R equal triggered copies; st
 (there: NaN); the rules read b2b as the epoch's mean (there: the last batch's); sigma is a constant in the
 gradient; the last epoch is what comes out (there: also the one with the smallest b2c). Training as in
 `_implant.py`.
+
+In the small runs here it needs 20 epochs, and `effective` so low that c and c1 shrink on the way
+(docs/lab/encoder-attacks.md).
 """
 
 from dataclasses import dataclass

@@ -9,6 +9,9 @@ The paper edits images of a category that pre-training contains; where it contai
 `source: downstream` adds stamped downstream images instead. The paper poisons half of the category, its
 released configurations all of it. Deviation: the patch is pasted at the size of the images that are
 trained on, where the original pastes 50 pixels into photographs of varying size.
+
+Behind the small encoders tried here it fails: with all of the class patched and the patch often cut off by
+the crop, patch and class part ways (docs/lab/encoder-attack-needs.md).
 """
 
 from dataclasses import dataclass

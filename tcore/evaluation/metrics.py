@@ -2,7 +2,9 @@
 
 All rates are shares in [0, 1]. The attack success rate counts triggered images whose true class is *not*
 the target (for TaCT: is a source class), as T-Core does; `asr_all` counts every triggered image, as
-BadEncoder does, and so starts near 1/C for a harmless model.
+BadEncoder does, and so starts near 1/C for a harmless model. With a large patch part of the attack success
+rate is a clean model's error, so compare it with that of a model that has seen no poison
+(scripts/tools/baseline.py).
 """
 
 from collections.abc import Sequence

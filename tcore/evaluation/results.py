@@ -330,7 +330,7 @@ def collect(tables: list[pd.DataFrame], records: dict[Path, dict]) -> pd.DataFra
 
 
 def summary(results: pd.DataFrame) -> dict:
-    """Means over random seeds: scenario -> `<pretrain>-<attack>/<downstream>-<attack>` -> defense -> metric."""
+    """Means over random seeds: scenario -> <pretrain>-<attack>/<downstream>-<attack> -> defense -> metric."""
     rows = results[(results["stage"] == "test") & results["metric"].isin(OUTCOMES)]
     victim = rows["pretrain"] + "-" + rows["encoder_attack"]
     victim += "/" + rows["downstream"] + "-" + rows["dataset_attack"]

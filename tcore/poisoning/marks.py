@@ -2,7 +2,8 @@
 
 A mark is (colours (3, H, W) uint8, mask (1, H, W) bool). The drawn ones stand at the places and have the
 sizes of backdoor-toolbox's trigger pictures, which are third parties' art and not shipped. Each is a
-function of a pixel's place in 32nds of the image, so it looks the same at every size.
+function of a pixel's place in 32nds of the image, so it looks the same at every size. An attack's success
+depends on the picture, so results with these and with the customary pictures do not compare to the digit.
 """
 
 import numpy as np

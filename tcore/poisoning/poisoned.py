@@ -1,4 +1,8 @@
-"""What all data set attacks share: how many images, which ones, and what comes out."""
+"""What all data set attacks share: how many images, which ones, and what comes out.
+
+Pixels are changed by integer arithmetic, so random seed and settings give the same bytes on every device. The
+exception is `tis_aware`, whose trigger comes from a search in floating point.
+"""
 
 import math
 from collections.abc import Callable, Sequence

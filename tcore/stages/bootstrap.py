@@ -26,9 +26,9 @@ and 2, which have only the loss to go by, add samples of B_k alone, what passed 
 poisons that a weak model takes for the target by chance the copy, which has seen more images, may correct
 those whose trigger it has not learnt yet, and their d is smallest: with `steady` phase 3 begins, until
 |P| / n reaches it, with the smallest CE + |CE - CE of the copy|, what both have right. That keeps out
-some poisons and lets in others, so it is off. Crops can lower what is left of the encoder's trigger. What
-was of no use (a warm-up, more passes of the copy, colours and blur, losses on views) is in
-docs/lab/tried.md.
+some poisons and lets in others, so it is off. The first rounds of phase 3 decide whether poisons join
+(docs/lab/larger-encoders.md). Crops can lower what is left of the encoder's trigger. What was of no use (a
+warm-up, more passes of the copy, colours and blur, losses on views) is in docs/lab/tried.md.
 """
 
 import copy

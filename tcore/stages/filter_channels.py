@@ -14,6 +14,8 @@ are means over the last sixth of the epochs, which breaks ties at 0 and 1.
 `rank` has two other choices of channels, of the same number, to see what (a) and (b) are worth; their
 "masks" are what is ranked: random numbers, or minus CLP's Lipschitz bound (of layers without batch norm
 the weights' norm).
+Narrow encoders need a larger share than the paper's tenth. What share an encoder needs cannot be told
+without the trigger (docs/lab/channels.md).
 Not in the paper: optimiser, rate, clipping and check interval of (a), taken from RNP
 (Li et al., ICML 2023). A mask scales a layer's output but for its bias, the same as its weights.
 """
