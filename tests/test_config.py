@@ -159,6 +159,7 @@ def test_methods_may_be_left_out_or_empty():
         ("encoder_attacks", ["clean"], "encoder_attacks.*'clean'"),
         ("dataset_attacks", ["adaptive"], "dataset_attacks.*'adaptive'"),
         ("defenses", ["t_core"], "defenses.*did you mean 'tcore'"),
+        ("pretraining", "augment", "unknown name .augment.: known: moco, simclr"),
         ("pretraining", "simcrl", "pretraining.*did you mean 'simclr'"),
         ("methods.simclr.epoch", 3, "methods.simclr.epoch.*did you mean 'epochs'"),
         ("methods.simclr.epochs", "3", "methods.simclr.epochs.*type int"),
