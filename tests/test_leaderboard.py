@@ -26,7 +26,7 @@ def cell(defense: str, acc: float, rate: float, seconds: float = 1.0, seed: int 
         numbers.append(("test", None, "asr_encoder", rate))
     if identity["dataset_attack"] not in ("clean", "adaptive"):
         numbers.append(("test", None, "asr_dataset", rate / 2 if scenario == "T1+T2" else rate))
-    numbers.append(("cost", None, "seconds", seconds))
+    numbers += [("test", None, "chance", 0.1), ("cost", None, "seconds", seconds)]
     if defense == "tcore":
         for stage, step, size in (
             ("data", None, 100),
@@ -111,6 +111,17 @@ def test_heatmaps_by_hand(two, tmp_path):
     tags = Tags(page)
     anchors = {f"#r{n}" for n in range(len(context["rows"]))}
     assert not tags.open and {link for link in tags.links if link.startswith("#r")} == anchors
+
+
+def test_a_defence_that_leaves_a_guessing_model_has_not_held(tmp_path):
+    """No trigger succeeds, and no accuracy is lost where there was none."""
+    parts = [cell("none", 0.11, 0.9), cell("strip", 0.11, 0.0), cell("ac", 0.21, 0.0)]
+    context, page = build(pd.concat(parts), tmp_path)
+    held = {row["defense"]: row["held"] for row in context["rows"]}
+    assert held == {"none": False, "strip": False, "ac": True}
+    assert page.count("✕ accuracy near chance") == 1 and "strip leaves a model that guesses: 11.0" in page
+    (board,) = context["comparison"]["boards"]
+    assert {line["defense"]: line["held"] for line in board["lines"]} == {"ac": 1, "strip": 0, "none": 0}
 
 
 def test_pairs_are_averaged(tmp_path):

@@ -154,18 +154,20 @@ def test_rows_of_a_source_class_and_of_all_to_all():
     assert found["test", None, "asr_dataset_all"] == 5 / 8
     found = rows({"attack": "badnets", "target": None, "goals": [1, 2, 0]})
     assert found["test", None, "asr_dataset"] == 3 / 8
-    assert {name for _, _, name in found} == {"acc", "asr_dataset", "robust_dataset"}
+    assert {name for _, _, name in found} == {"acc", "chance", "asr_dataset", "robust_dataset"}
 
 
 def test_rows_of_no_trigger_and_of_a_shared_one():
     none = results.test_rows(_predictions("clean"), {"encoder": CLEAN, "dataset": CLEAN}, "clean")
-    assert [row["metric"] for row in none] == ["acc"]
+    assert [row["metric"] for row in none] == ["acc", "chance"]
+    assert none[1]["value"] == max(np.bincount(LABELS)) / 8
     shared = results.test_rows(
         _predictions("clean", "encoder_trigger", "dataset_trigger"),
         {"encoder": FIRST, "dataset": FIRST},
         "adaptive",
     )
-    assert {row["metric"] for row in shared} == {"acc", "asr_encoder", "asr_encoder_all", "robust_encoder"}
+    names = {"acc", "chance", "asr_encoder", "asr_encoder_all", "robust_encoder"}
+    assert {row["metric"] for row in shared} == names
 
 
 def test_a_missing_view_is_named():

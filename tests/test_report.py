@@ -274,7 +274,7 @@ def test_the_page_names_commit_and_total_time(world):
     own = (path for path in world.data.rglob("*.run.json") if path.parent != world.data / "results")
     seconds = sum(json.loads(path.read_text())["seconds"] for path in own)
     text = " ".join(Tags(world.html).text)
-    assert f"c0ffee1234 · {seconds / 60:.1f} minutes of computing in all" in text
+    assert re.search(rf"commit [^·]*c0ffee1234[^·]* · {seconds / 60:.1f} minutes of computing in all", text)
     assert f"{seconds:,.1f}" in text  # below the table of costs
 
 

@@ -85,7 +85,7 @@ def _over_seeds(values: pd.Series) -> dict:
 def boards(rows: list[dict], found: pd.DataFrame) -> list[dict]:
     """Per scenario its defences, by the share of victims held, then by mean attack success, `none` last.
 
-    Held: no trigger at or above the line, no more accuracy lost than allowed (`missed`, `lossy` of a row).
+    Held: no trigger at or above the line, no more accuracy lost than allowed, accuracy above chance.
     A scenario with fewer than two defences beside `none` has no board.
     """
     seeds, shown = _by_seed(found), []
@@ -103,7 +103,7 @@ def boards(rows: list[dict], found: pd.DataFrame) -> list[dict]:
                 {
                     "defense": defense,
                     "victims": len(there),
-                    "held": sum(not row["missed"] and not row["lossy"] for row in there),
+                    "held": sum(row["held"] for row in there),
                     "asr": _over_seeds(values["asr"]),
                     "worst": float(np.nanmax(rates)) if not np.isnan(rates).all() else np.nan,
                     "acc": _over_seeds(values["acc"]),

@@ -75,7 +75,8 @@ def _own_triggers(triggers: dict[str, dict], dataset_attack: str) -> dict[str, d
 
 
 def test_rows(predictions: pd.DataFrame, triggers: dict[str, dict], dataset_attack: str) -> list[dict]:
-    """Accuracy and attack success from predictions (`label`, `view`, `prediction`).
+    """Accuracy and attack success from predictions (`label`, `view`, `prediction`); `chance` is the accuracy
+    of whoever names one class for all.
 
     `triggers` maps "encoder" and "dataset" to the metadata of the trigger files.
     """
@@ -87,7 +88,11 @@ def test_rows(predictions: pd.DataFrame, triggers: dict[str, dict], dataset_atta
     for view in ("clean", *(f"{name}_trigger" for name in wanted)):
         if view not in views:
             raise InputError(f"predictions: no row has view {view!r}; predict this cell anew")
-    rows = [_share("test", "acc", metrics.accuracy(*views["clean"]))]
+    labels = views["clean"][1]
+    rows = [
+        _share("test", "acc", metrics.accuracy(*views["clean"])),
+        _row("test", None, "chance", np.bincount(labels).max() / len(labels)),
+    ]
     for name, meta in wanted.items():
         found, labels = views[f"{name}_trigger"]
         target, goals = meta["target"], meta.get("goals")
@@ -366,6 +371,7 @@ def overview(results: pd.DataFrame) -> pd.DataFrame:
             mean, low, high = over_seeds(rows)
             sd = rows["value"].std()
             line |= {f"{metric}_mean": mean, f"{metric}_sd": sd, f"{metric}_low": low, f"{metric}_high": high}
+        line["chance"] = cell.loc[cell["metric"] == "chance", "value"].mean()
         cost = cell[cell["stage"] == "cost"].groupby("metric")["value"].mean()
         line |= {metric: cost.get(metric, np.nan) for metric in COSTS}
         notes = cell["note"].dropna() if "note" in cell else pd.Series(dtype=str)

@@ -24,6 +24,7 @@ from tcore.running.record import CONFIG
 
 ASR_LINE = 0.10  # a defence has failed where an attack succeeds more often than this
 ACC_LOSS = 0.05  # ... or where it costs more accuracy than this
+ACC_FLOOR = 2  # ... or where accuracy is at most this many times that of naming one class for all
 WEAK = 0.50  # an attack that succeeds less often than this without a defence proves little
 DETAILED = 12  # victims shown with pictures and curves
 SCENARIOS = {
@@ -73,6 +74,8 @@ def outcomes(table: pd.DataFrame) -> list[dict]:
             row["missed"] = [m for m in RATES if found[m]["mean"] >= ASR_LINE]
             row["change"] = found["acc"]["mean"] - found["acc"]["before"]
             row["lossy"] = bool(row["change"] < -ACC_LOSS)
+            row["guesses"] = bool(found["acc"]["mean"] <= ACC_FLOOR * line["chance"])
+            row["held"] = not (row["missed"] or row["lossy"] or row["guesses"])
             rows.append(row)
     return rows
 
@@ -126,6 +129,9 @@ def _failures(row: dict) -> list[str]:
             texts.append(
                 f"{name} missed the {line} line: {trigger} succeeds in {percent(rate)} of cases ({place})."
             )
+    if row["guesses"]:
+        accuracy = percent(row["numbers"]["acc"]["mean"])
+        texts.append(f"{name} leaves a model that guesses: {accuracy} accuracy ({place}).")
     if row["lossy"]:
         limit = f"{100 * ACC_LOSS:.0f} points"
         texts.append(f"{name} costs more than {limit} of accuracy: {points(row['change'])} ({place}).")
@@ -261,6 +267,7 @@ def build(found: pd.DataFrame, data: Path, planned: int = 0) -> dict:
         "scenarios": {name: text for name, text in SCENARIOS.items() if name in set(found["scenario"])},
         "line": ASR_LINE,
         "loss": ACC_LOSS,
+        "floor": ACC_FLOOR,
         "notes": list(dict.fromkeys(notes)),
     }
 
