@@ -85,7 +85,7 @@ def passes(
     pool = chosen
     rounds = [(pooling.gamma1, pooling.epochs)] * pooling.rounds_class
     rounds += [(pooling.gamma2, pooling.epochs)] * pooling.rounds_all
-    while rounds or pool < pooling.rho * n:
+    while pool < pooling.rho * n:
         gamma, epochs = rounds.pop(0) if rounds else (pooling.gamma3, None)
         rest = n - pool
         copied = epochs is None and pooling.guidance == "meta"

@@ -222,7 +222,7 @@ def bootstrap(
     for name, right, what in (
         ("crop_min", 0 < settings.crop_min <= 1, "a share of the image, in (0, 1]"),
         ("steady", 0 <= settings.steady <= 1, "a share of the images, in [0, 1]"),
-        ("rho", 0 < settings.rho <= 1, "a share of the images, in (0, 1]"),
+        ("rho", 0 <= settings.rho <= 1, "a share of the images, in [0, 1]"),
     ):
         if not right:
             raise InputError(f"bootstrap.{name} = {getattr(settings, name)} should be {what}")
