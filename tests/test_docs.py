@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -52,10 +51,11 @@ def options(arguments: list[str]) -> list[str]:
 
 
 def check_snakemake(arguments: list[str], folder: Path) -> None:
-    if "slurm" in " ".join(arguments) and not shutil.which("snakemake-executor-plugin-slurm"):
-        profile = arguments[arguments.index("--workflow-profile") + 1]
-        assert (ROOT / profile / "profile.yaml").is_file()
-        return
+    for absent in (("--executor", "slurm"), ("--sdm", "apptainer")):  # what only some machines have
+        if absent[0] in arguments:
+            place = arguments.index(absent[0])
+            assert tuple(arguments[place : place + 2]) == absent
+            del arguments[place : place + 2]
     if "--report" in arguments:  # of results that are not there; test_workflow.py makes one
         return
     for name in (Path(argument).name for argument in arguments if argument.endswith(".yaml")):
@@ -119,7 +119,7 @@ CHECKS = {
     "pytest": check_pytest,
     "apptainer": check_files,
 }
-AS_THEY_ARE = ("git", "cd", "source", "rsync", "rm", "scp", "mkdir")
+AS_THEY_ARE = ("git", "source", "rsync", "mv", "cp")
 
 
 @pytest.mark.parametrize("text", COMMANDS, ids=lambda text: f"{COMMANDS[text]}: {text}"[:90])
