@@ -4,7 +4,7 @@ import argparse
 
 from tcore import device as devices
 from tcore.data.images import read_images
-from tcore.files import save_tensors
+from tcore.files import InputError, save_tensors
 from tcore.models.encoder import extract_features, load_encoder
 from tcore.running.cli import run
 from tcore.running.record import record
@@ -22,7 +22,13 @@ def main() -> None:
     device = devices.pick()
     with record(args.record, "extract_features", {}, args.seed, device):
         encoder = load_encoder(args.encoder).to(device)
-        save_tensors(args.features, {"features": extract_features(encoder, read_images(args.images).tensor)})
+        features = extract_features(encoder, read_images(args.images).tensor)
+        if bad := int((~features.isfinite()).any(1).sum()):
+            raise InputError(
+                f"{args.encoder}: gives {bad} of {len(features)} images features that are no numbers; "
+                "check its mean, std and weights"
+            )
+        save_tensors(args.features, {"features": features})
 
 
 if __name__ == "__main__":

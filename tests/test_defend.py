@@ -1,5 +1,6 @@
 """The commands around a baseline defence, on a small planted set: what is granted, what comes out, n/a."""
 
+import copy
 import json
 import runpy
 import sys
@@ -189,3 +190,24 @@ def test_bad_inputs_are_named(folder, monkeypatch, options, message):
     options = {k: folder / v if k == "trusted" else v for k, v in options.items()}
     with pytest.raises(SystemExit, match=message):
         defend(folder, **options)
+
+
+def test_features_that_are_no_numbers_are_refused_on_receipt(folder):
+    """One such feature made SPECTRE call its class the cleanest."""
+    features = tiny().features.clone()
+    features[7, 3] = float("nan")
+    save_tensors(folder / "features", {"features": features})
+    with pytest.raises(SystemExit, match="features: features of 1 of 120 images are no numbers"):
+        defend(folder)
+    assert not (folder / "out").exists()
+
+
+def test_a_repair_that_ends_in_no_numbers_is_not_applicable():
+    def broken(received, settings, seed):
+        model = copy.deepcopy(received.model)
+        next(model.head.parameters()).data.fill_(float("inf"))
+        return model, {}
+
+    method = SimpleNamespace(CLEAN=False, NEEDS_NORM=False, repair=broken)
+    with pytest.raises(defense.NotApplicable, match="weights that are no numbers"):
+        defense.repair(method, tiny(), None, 0)

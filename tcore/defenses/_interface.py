@@ -107,11 +107,14 @@ def receive(
     """What files hold for a defender, on a device, and the images as they were read."""
     received = read_images(images)
     clean = None if trusted is None else read_trusted(trusted, received).to(device)
+    found = load_tensors(features)[0]["features"]
+    if bad := int((~found.isfinite()).any(1).sum()):
+        raise InputError(f"{features}: features of {bad} of {len(found)} images are no numbers; make it anew")
     return Received(
         model=load_classifier(model).to(device),
         images=received.tensor.to(device),
         labels=received.targets.to(device),
-        features=load_tensors(features)[0]["features"].to(device),
+        features=found.to(device),
         classes=received.num_classes,
         clean=clean,
         head=head,
@@ -185,4 +188,6 @@ def repair(method: ModuleType, received: Received, settings, seed: int) -> tuple
     """The model that a training or repairing defence makes, and its log."""
     check(method, received)
     model, log = method.repair(received, settings, seed)
+    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+        raise NotApplicable("its training ended in weights that are no numbers; a lower rate may do")
     return model.eval(), log
