@@ -21,7 +21,7 @@ demo: setup ## run the experiment of config/config.yaml and write the report
 	$(BIN)/snakemake --cores all --resources gpu=$(SLOTS) --quiet reason host
 	@echo "The report is $(REPORT)"
 
-benchmark: setup ## run the demo with three seeds (an hour on two cores)
+benchmark: setup ## run the demo with three random seeds (three times as long)
 	$(BIN)/snakemake --cores all --resources gpu=$(SLOTS) --quiet reason host --configfile config/seeds.yaml
 	@echo "The report is $(REPORT)"
 

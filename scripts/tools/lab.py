@@ -9,9 +9,9 @@ setting, metric, value, commit. In the page a comment says what to show, and wha
 
 `rows` and `columns` name columns of the CSV whose values become the heads of rows and columns, joined where
 there are several. `cell=`, `seed=`, `setting=` or `metric=` keep what has one of the values, separated by
-`|`. Numbers that fall into one place stand beside each other, in the file's order; with `show=mean` their
-mean stands there. `picture=name.png` draws the numbers as dots instead, a line for each of `rows` and a
-colour for each of `columns`; `title=` is its title.
+`|`. Numbers that fall into one place stand beside each other, in the file's order. `picture=name.png` draws
+the numbers as dots instead, a line for each of `rows` and a colour for each of `columns`; `title=` is its
+title.
 
     python scripts/tools/lab.py            # writes what is out of date
     python scripts/tools/lab.py --check    # says what is, and ends with 1
@@ -30,7 +30,7 @@ from PIL import Image
 LAB = Path(__file__).resolve().parents[2] / "docs" / "lab"
 COLUMNS = ["study", "cell", "seed", "setting", "metric", "value", "commit"]
 BLOCK = re.compile(r"<!-- lab (.*?) -->\n(.*?)<!-- /lab -->", re.DOTALL)
-OPTIONS = {"study", "rows", "columns", "show", "picture", "title"}
+OPTIONS = {"rows", "columns", "picture", "title"}
 
 
 def data(page: Path) -> pd.DataFrame:
@@ -64,15 +64,10 @@ def heads(numbers: pd.DataFrame, names: str) -> pd.Series:
 
 def table(numbers: pd.DataFrame, asked: dict[str, str]) -> str:
     """Markdown; a row and a column for each value, in the order of the file."""
-    rows, names = numbers[asked["rows"].split(",")].apply(tuple, axis=1), asked["rows"].split(",")
+    names = asked["rows"].split(",")
+    rows = numbers[names].apply(tuple, axis=1)
     columns = heads(numbers, asked["columns"])
-
-    def shown(values: pd.Series) -> str:
-        if asked.get("show") == "mean":
-            return f"{values.astype(float).mean():.1f}"
-        return ", ".join(values)
-
-    cells = numbers.groupby([rows, columns], sort=False)["value"].agg(shown)
+    cells = numbers.groupby([rows, columns], sort=False)["value"].agg(", ".join)
     lines = [[*names, *columns.unique()], ["---"] * len(names) + ["---:"] * columns.nunique()]
     lines += [[*row, *(cells.get((row, column), "") for column in columns.unique())] for row in rows.unique()]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
