@@ -64,7 +64,7 @@ rule download_archive:
     message:
         "Downloading {wildcards.archive}"
     shell:
-        "python $TCORE/scripts/download_archive.py --url {params.url:q} --checksum {params.checksum}"
+        'python "$TCORE"/scripts/download_archive.py --url {params.url:q} --checksum {params.checksum}'
         " --output {output.output} > {log} 2>&1"
 
 
@@ -86,6 +86,6 @@ rule prepare_dataset:
     message:
         "Preparing the data set {wildcards.dataset} from {params.source}"
     shell:
-        "python $TCORE/scripts/prepare_dataset.py --source {params.source} --settings {params.settings:q}"
+        'python "$TCORE"/scripts/prepare_dataset.py --source {params.source} --settings {params.settings:q}'
         " --archives {input.archives}"
         " --train {output.train} --test {output.test} --record {output.record} > {log} 2>&1"

@@ -82,7 +82,7 @@ rule grant_clean:
         "The scenario grants clean samples: {wildcards.encoder_attack}, {wildcards.dataset_attack},"
         " defence {wildcards.defense} (random seed {wildcards.seed})"
     shell:
-        "python $TCORE/scripts/grant_clean.py --truth {input.truth} --share {params.share} --seed {wildcards.seed}"
+        'python "$TCORE"/scripts/grant_clean.py --truth {input.truth} --share {params.share} --seed {wildcards.seed}'
         " --granted {output.granted} --record {output.record} > {log} 2>&1"
 
 
@@ -100,7 +100,7 @@ rule reveal_rate:
         "An oracle tells the poison rate: {wildcards.encoder_attack}, {wildcards.dataset_attack},"
         " defence {wildcards.defense} (random seed {wildcards.seed})"
     shell:
-        "python $TCORE/scripts/reveal_rate.py --truth {input.truth}"
+        'python "$TCORE"/scripts/reveal_rate.py --truth {input.truth}'
         " --oracle {output.oracle} --record {output.record} > {log} 2>&1"
 
 
@@ -130,7 +130,7 @@ rule defend:
         "The user defends with {wildcards.defense}"
         " ({wildcards.encoder_attack}, {wildcards.dataset_attack}, random seed {wildcards.seed})"
     shell:
-        "python $TCORE/scripts/defend.py --defense {params.defense} --model {input.model} --features {input.features}"
+        'python "$TCORE"/scripts/defend.py --defense {params.defense} --model {input.model} --features {input.features}'
         " --images {input.images} {params.optional} --settings {params.settings:q} --seed {wildcards.seed}"
         " --model-out {output.model} {params.samples} --record {output.record} > {log} 2>&1"
 
@@ -176,7 +176,7 @@ rule score_inputs:
         "The evaluator shows clean and triggered test images to {wildcards.defense}"
         " ({wildcards.encoder_attack}, {wildcards.dataset_attack}, random seed {wildcards.seed})"
     shell:
-        "python $TCORE/scripts/score_inputs.py --defense {params.defense} --model {input.model}"
+        'python "$TCORE"/scripts/score_inputs.py --defense {params.defense} --model {input.model}'
         " --features {input.features} --images {input.images} {params.optional} --test {input.test}"
         " --encoder-trigger {input.encoder_trigger} --dataset-trigger {input.dataset_trigger}"
         " --settings {params.settings:q} --seed {wildcards.seed}"

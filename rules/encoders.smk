@@ -42,7 +42,7 @@ rule pretrain_encoder:
     message:
         "Stranger one pre-trains an encoder on {wildcards.pretrain} (random seed {wildcards.seed})"
     shell:
-        "python $TCORE/scripts/pretrain_encoder.py --images {input.images}"
+        'python "$TCORE"/scripts/pretrain_encoder.py --images {input.images}'
         " --settings {params.settings:q} --seed {wildcards.seed}"
         " --encoder {output.encoder} --record {output.record} > {log} 2>&1"
 
@@ -89,7 +89,7 @@ rule poison_encoder:
         "Stranger one hands over the {wildcards.pretrain} encoder: attack {wildcards.encoder_attack}"
         " (random seed {wildcards.seed})"
     shell:
-        "python $TCORE/scripts/poison_encoder.py --encoder {input.encoder} --shadow {input.shadow}"
+        'python "$TCORE"/scripts/poison_encoder.py --encoder {input.encoder} --shadow {input.shadow}'
         " --downstream {input.downstream} --attack {wildcards.encoder_attack} --target {params.target}"
         " --settings {params.settings:q} --seed {wildcards.seed}"
         " --encoder-out {output.encoder} --trigger {output.trigger} --record {output.record} > {log} 2>&1"
@@ -117,7 +117,7 @@ rule poison_images:
         "Stranger one poisons the unlabelled images of {wildcards.pretrain}: attack {wildcards.encoder_attack}"
         " (random seed {wildcards.seed})"
     shell:
-        "python $TCORE/scripts/poison_images.py --images {input.images} --downstream {input.downstream}"
+        'python "$TCORE"/scripts/poison_images.py --images {input.images} --downstream {input.downstream}'
         " --attack {wildcards.encoder_attack} --target {params.target}"
         " --settings {params.settings:q} --seed {wildcards.seed}"
         " --poisoned {output.images} --truth {output.truth} --trigger {output.trigger}"

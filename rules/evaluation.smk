@@ -114,7 +114,7 @@ rule predict:
         "Test images, clean and with such triggers as are known: {wildcards.encoder_attack},"
         " {wildcards.dataset_attack}, defence {wildcards.defense} (random seed {wildcards.seed})"
     shell:
-        "python $TCORE/scripts/predict.py --model {input.model} --test {input.test} {params.optional}"
+        'python "$TCORE"/scripts/predict.py --model {input.model} --test {input.test} {params.optional}'
         " --seed {wildcards.seed} --predictions {output.predictions} --record {output.record} > {log} 2>&1"
 
 
@@ -137,7 +137,7 @@ rule evaluate:
         "The evaluator measures: {wildcards.encoder_attack}, {wildcards.dataset_attack},"
         " defence {wildcards.defense} (random seed {wildcards.seed})"
     shell:
-        "python $TCORE/scripts/evaluate.py --predictions {input.predictions} --truth {input.truth}"
+        'python "$TCORE"/scripts/evaluate.py --predictions {input.predictions} --truth {input.truth}'
         " --encoder-trigger {input.encoder_trigger} --dataset-trigger {input.dataset_trigger} {params.optional}"
         " --identity {params.identity:q} --metrics {output.metrics} --record {output.record} > {log} 2>&1"
 
@@ -160,7 +160,7 @@ rule collect:
     message:
         "Collecting all results"
     shell:
-        "python $TCORE/scripts/collect.py --grid {params.grid:q} --data data {params.optional}"
+        'python "$TCORE"/scripts/collect.py --grid {params.grid:q} --data data {params.optional}'
         " --results {output.results} --summary {output.summary} --table {output.table}"
         " --record {output.record} > {log} 2>&1"
 
@@ -182,7 +182,7 @@ rule make_report:
     message:
         "Writing the report"
     shell:
-        "python $TCORE/scripts/make_report.py --results {input.results} --data data"
+        'python "$TCORE"/scripts/make_report.py --results {input.results} --data data'
         " --grid {params.grid:q} --output {output.output} --record {output.record} > {log} 2>&1"
 
 

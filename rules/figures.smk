@@ -52,7 +52,7 @@ rule measure_figure:
         "The paper's {wildcards.paper_figure}: {wildcards.encoder_attack}, {wildcards.dataset_attack}"
         " (random seed {wildcards.seed})"
     shell:
-        "python $TCORE/scripts/measure_figure.py --figure {wildcards.paper_figure} --model {input.model}"
+        'python "$TCORE"/scripts/measure_figure.py --figure {wildcards.paper_figure} --model {input.model}'
         " --features {input.features} --images {input.images} {params.optional} --truth {input.truth}"
         " --test {input.test} --encoder-trigger {input.encoder_trigger} --dataset-trigger {input.dataset_trigger}"
         " --settings {params.settings:q} --identity {params.identity:q}"
@@ -77,7 +77,7 @@ rule draw_figure:
     message:
         "Drawing the paper's {wildcards.paper_figure}"
     shell:
-        "python $TCORE/scripts/draw_figure.py --figure {wildcards.paper_figure} --measured {input.measured}"
+        'python "$TCORE"/scripts/draw_figure.py --figure {wildcards.paper_figure} --measured {input.measured}'
         " --picture {output.picture} --csv {output.csv} --record {output.record} > {log} 2>&1"
 
 

@@ -32,7 +32,7 @@ rule poison_dataset:
         "Stranger two hands over {wildcards.downstream}: attack {wildcards.dataset_attack}"
         " (random seed {wildcards.seed})"
     shell:
-        "python $TCORE/scripts/poison_dataset.py --images {input.images} {params.optional}"
+        'python "$TCORE"/scripts/poison_dataset.py --images {input.images} {params.optional}'
         " --attack {params.attack} --target {params.target}"
         " --settings {params.settings:q} --seed {wildcards.seed}"
         " --train {output.train} --truth {output.truth} --trigger {output.trigger} --record {output.record}"

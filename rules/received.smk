@@ -44,7 +44,7 @@ rule import_encoder:
     message:
         "Importing the encoder {wildcards.pretrain} from {input.checkpoint}"
     shell:
-        "python $TCORE/scripts/import_encoder.py --checkpoint {input.checkpoint:q} --architecture {params.architecture}"
+        'python "$TCORE"/scripts/import_encoder.py --checkpoint {input.checkpoint:q} --architecture {params.architecture}'
         " --image-size {params.image_size} --mean {params.mean} --std {params.std}"
         " --encoder {output.encoder} --record {output.record} > {log} 2>&1"
 
@@ -67,7 +67,7 @@ rule check_received:
     message:
         "Do the encoder {wildcards.pretrain}, the images {wildcards.downstream} and the settings go together?"
     shell:
-        "python $TCORE/scripts/check_received.py --encoder {input.encoder} --images {input.images}"
+        'python "$TCORE"/scripts/check_received.py --encoder {input.encoder} --images {input.images}'
         " --settings {params.settings:q} --record {output.record} > {log} 2>&1"
 
 
@@ -84,7 +84,7 @@ rule export_model:
     message:
         "Exporting the clean model for use elsewhere"
     shell:
-        "python $TCORE/scripts/export_model.py --model {input.model} --exported {output.exported}"
+        'python "$TCORE"/scripts/export_model.py --model {input.model} --exported {output.exported}'
         " --record {output.record} > {log} 2>&1"
 
 
@@ -125,7 +125,7 @@ rule audit:
     message:
         "Writing the audit of {wildcards.pretrain} and {wildcards.downstream} (random seed {wildcards.seed})"
     shell:
-        "python $TCORE/scripts/audit.py --checked {input.checked} --encoder {input.encoder} --train {input.train}"
+        'python "$TCORE"/scripts/audit.py --checked {input.checked} --encoder {input.encoder} --train {input.train}'
         " --test {input.test} --model {input.model} --seeds {input.seeds} --subset {input.subset}"
         " --expanded {input.expanded} --channels {input.channels} --pool {input.pool}"
         " --undefended {input.undefended} --defended {input.defended}"

@@ -49,7 +49,8 @@ rule compare_tables:
     message:
         "Table {wildcards.table} of the paper beside what was reproduced"
     shell:
-        "python $TCORE/scripts/compare_tables.py --table {wildcards.table} --published $TCORE/config/paper.csv"
+        'python "$TCORE"/scripts/compare_tables.py --table {wildcards.table}'
+        ' --published "$TCORE"/config/paper.csv'
         " --grid {params.grid:q} --names {params.names:q} --data data"
         " --markdown {output.markdown} --latex {output.latex} --csv {output.csv} --picture {output.picture}"
         " --record {output.record} > {log} 2>&1"

@@ -63,7 +63,7 @@ rule sift:
         "T-Core sifts trusted seed samples"
         " ({wildcards.encoder_attack}, {wildcards.dataset_attack}, random seed {wildcards.seed})"
     shell:
-        "python $TCORE/scripts/sift.py --model {input.model} --features {input.features} --images {input.images}"
+        'python "$TCORE"/scripts/sift.py --model {input.model} --features {input.features} --images {input.images}'
         " --settings {params.settings:q} --seed {wildcards.seed}"
         " --seeds {output.seeds} --record {output.record} > {log} 2>&1"
 
@@ -89,7 +89,7 @@ rule expand:
         "T-Core lets the seed samples grow to a clean subset"
         " ({wildcards.encoder_attack}, {wildcards.dataset_attack}, random seed {wildcards.seed})"
     shell:
-        "python $TCORE/scripts/expand.py --features {input.features} --images {input.images} --seeds {input.seeds}"
+        'python "$TCORE"/scripts/expand.py --features {input.features} --images {input.images} --seeds {input.seeds}'
         " --settings {params.settings:q} --seed {wildcards.seed}"
         " --subset {output.subset} --record {output.record} > {log} 2>&1"
 
@@ -115,7 +115,7 @@ rule filter_channels:
         "T-Core looks for the encoder's untrusted channels"
         " ({wildcards.encoder_attack}, {wildcards.dataset_attack}, random seed {wildcards.seed})"
     shell:
-        "python $TCORE/scripts/filter_channels.py --model {input.model} --images {input.images} --subset {input.subset}"
+        'python "$TCORE"/scripts/filter_channels.py --model {input.model} --images {input.images} --subset {input.subset}'
         " --settings {params.settings:q} --seed {wildcards.seed}"
         " --channels {output.channels} --record {output.record} > {log} 2>&1"
 
@@ -144,6 +144,6 @@ rule bootstrap:
         "T-Core bootstraps a clean model from the subset and the trusted channels"
         " ({wildcards.encoder_attack}, {wildcards.dataset_attack}, random seed {wildcards.seed})"
     shell:
-        "python $TCORE/scripts/bootstrap.py --model {input.model} --images {input.images} --seeds {input.seeds}"
+        'python "$TCORE"/scripts/bootstrap.py --model {input.model} --images {input.images} --seeds {input.seeds}'
         " --subset {input.subset} --channels {input.channels} --settings {params.settings:q} --seed {wildcards.seed}"
         " --model-out {output.model} --pool {output.pool} --record {output.record} > {log} 2>&1"

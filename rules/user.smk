@@ -18,7 +18,7 @@ rule extract_features:
         "The user computes features of {wildcards.downstream}-{wildcards.dataset_attack} with the"
         " {wildcards.pretrain}-{wildcards.encoder_attack} encoder (random seed {wildcards.seed})"
     shell:
-        "python $TCORE/scripts/extract_features.py --encoder {input.encoder} --images {input.images}"
+        'python "$TCORE"/scripts/extract_features.py --encoder {input.encoder} --images {input.images}'
         " --seed {wildcards.seed} --features {output.features} --record {output.record} > {log} 2>&1"
 
 
@@ -41,6 +41,6 @@ rule train_head:
         "The user trains a head on everything received, without a defence"
         " ({wildcards.encoder_attack}, {wildcards.dataset_attack}, random seed {wildcards.seed})"
     shell:
-        "python $TCORE/scripts/train_head.py --encoder {input.encoder} --features {input.features} --images {input.images}"
+        'python "$TCORE"/scripts/train_head.py --encoder {input.encoder} --features {input.features} --images {input.images}'
         " --settings {params.settings:q} --seed {wildcards.seed}"
         " --model {output.model} --record {output.record} > {log} 2>&1"

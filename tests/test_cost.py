@@ -21,7 +21,7 @@ CELL = "scenes-badencoder/{0}-badnets/0"
 def command(script: str, record: str, settings: dict | None = None) -> str:
     given = f" --settings '{json.dumps(settings)}'" if settings else ""
     return (
-        f"Shell command: python $TCORE/scripts/{script}.py{given} --seed 0 --record data/{record}"
+        f'Shell command: python "$TCORE"/scripts/{script}.py{given} --seed 0 --record data/{record}'
         " > data/logs/x 2>&1"
     )
 

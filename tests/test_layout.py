@@ -58,7 +58,7 @@ def test_every_script_belongs_to_a_rule_of_its_name():
     rules = "".join(path.read_text() for path in (ROOT / "rules").glob("*.smk"))
     for path in (ROOT / "scripts").glob("*.py"):
         assert re.search(rf"^rule {path.stem}:", rules, re.M), path.name
-    called = set(re.findall(r"\$TCORE/scripts/(\w+)\.py", rules))
+    called = set(re.findall(r'"\$TCORE"/scripts/(\w+)\.py', rules))
     assert called == {path.stem for path in (ROOT / "scripts").glob("*.py")}
 
 

@@ -76,7 +76,7 @@ def stale(folder: Path, *more: str) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    return copy_sources(tmp_path_factory.mktemp("sources"))
+    return copy_sources(tmp_path_factory.mktemp("sources in a folder with spaces"))
 
 
 @pytest.fixture(scope="module")

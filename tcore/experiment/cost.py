@@ -26,7 +26,7 @@ BASES = ("measured here", "elsewhere", "other settings", "another method", "unkn
 ROOT = Path(__file__).resolve().parents[2]
 STANDARD = ROOT / "workflow" / "seconds.csv"
 COLUMNS = ["step", "method", "dataset", "images", "settings", "seconds"]
-COMMAND = re.compile(r"python \$TCORE/scripts/(\w+)\.py .*--record data/(\S+)")
+COMMAND = re.compile(r'python "\$TCORE"/scripts/(\w+)\.py .*--record data/(\S+)')
 SETTINGS = re.compile(r"--settings ('[^']*'|\S+)")
 
 
