@@ -37,9 +37,13 @@ pathvars:
 
 from tcore.running import alive, starter
 
-# For the records of steps; no parameter, because another file with the same settings makes nothing stale.
+# For the records of steps, and what they compute in. The files are no parameter of a rule, because another file
+# with the same settings makes nothing stale; the precision is (`code` in rules/common.smk).
 configured = [*workflow.configfiles[-1:], *workflow.configfiles[:-1]]  # the base first, it is found last
-os.environ.update(TCORE_CONFIG=" ".join(os.path.relpath(file, ROOT) for file in configured))
+os.environ.update(
+    TCORE_CONFIG=" ".join(os.path.relpath(file, ROOT) for file in configured),
+    TCORE_PRECISION=str(config.get("precision", "auto")),
+)
 
 shell.prefix(starter.prefix().replace("{", "{{").replace("}", "}}"))
 

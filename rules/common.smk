@@ -49,13 +49,15 @@ def methods_named(wildcards, *kinds):
 
 
 def code(script, *kinds, files=()):
-    """The digest of a rule's script, of the methods that its wildcards `kinds` name and of other files of ours."""
+    """The digest of a rule's script, of the methods that its wildcards `kinds` name and of other files of ours;
+    and the precision, where the configuration sets one."""
+    precision = "" if experiment.get("precision", "auto") == "auto" else f"-{experiment['precision']}"
     if not kinds:
-        return provenance.code(script, files=files)
+        return provenance.code(script, files=files) + precision
 
     @signed
     def digest(wildcards):
-        return provenance.code(script, *methods_named(wildcards, *kinds), files=files)
+        return provenance.code(script, *methods_named(wildcards, *kinds), files=files) + precision
 
     return digest
 

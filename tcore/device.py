@@ -7,6 +7,8 @@ from functools import cache
 
 import torch
 
+PRECISION = "TCORE_PRECISION"  # environment variable: auto or float32
+
 taken: list[int] = []  # files that `free_gpu` has locked, open until the process ends
 
 
@@ -42,5 +44,16 @@ def free_gpu() -> int:
 
 
 def autocast(device: torch.device):
-    """bf16 arithmetic on a GPU, plain float32 on a CPU."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+    """bfloat16 arithmetic where the processor has it, unless PRECISION is float32; else plain float32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=arithmetic(device) == "bfloat16")
+
+
+def arithmetic(device: torch.device) -> str:
+    """What `autocast` computes in on a device: bfloat16 or float32."""
+    has_it = device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return "bfloat16" if has_it and os.environ.get(PRECISION, "auto") != "float32" else "float32"
+
+
+def block(device: torch.device) -> int:
+    """Images a forward pass where nothing is trained: what keeps a GPU busy, or stays in a CPU cache."""
+    return 1024 if device.type == "cuda" else 128

@@ -367,10 +367,10 @@ def test_shares_of_the_rest_or_of_the_whole_by_hand():
         (True, True, [7, 10, 9]),  # half of two and of four
         (True, False, [7, 6, 10, 9]),  # half of eight is more than there is; half of four
     ):
-        assert stage.best(score, labels, pool, 0.5, per_class, of_rest).tolist() == expected
-    allowed = torch.tensor([True] * 7 + [False, True, True, False, False])
+        assert stage.best(score, labels, pool, ~pool, 0.5, per_class, of_rest).tolist() == expected
+    candidates = torch.tensor([False] * 6 + [True, False, True, True, False, False])
     for per_class, expected in ((False, [9, 8, 6]), (True, [6, 9, 8])):  # half of six, of two and of four
-        assert stage.best(score, labels, pool, 0.5, per_class, True, allowed).tolist() == expected
+        assert stage.best(score, labels, pool, candidates, 0.5, per_class).tolist() == expected
 
 
 def test_batch_norm_entries_that_do_not_start_anew_stay_for_good(data):

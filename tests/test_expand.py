@@ -127,7 +127,7 @@ def test_a_weak_trigger_is_seen_by_witnesses_and_not_by_confusion(planted):
         (expand.expand(weak, labels, trusted, EVERYWHERE, 4, asked, HEAD, 0)[0] > 0)[poison].sum()
         for asked in (SETTINGS, ASKED)
     ]
-    assert taken[0] > 5 and taken[1] == 0
+    assert taken[0] > 3 and taken[1] == 0
 
 
 def test_a_strong_trigger_deceives_witnesses_and_not_confusion(planted):

@@ -74,13 +74,14 @@ def test_resnet18_by_the_numbers_of_the_literature():
     assert sum(p.numel() for p in encoder.parameters()) == 11_689_512 - 513_000 - 7_680
 
 
-def test_features_do_not_depend_on_batches_mode_or_neighbours(encoder):
+def test_features_do_not_depend_on_batches_mode_or_neighbours(encoder, monkeypatch):
     x = images(7)
     before = {k: v.clone() for k, v in encoder.state_dict().items()}
     together = extract_features(encoder.train(), x)
     assert together.shape == (7, 192) and together.dtype == torch.float32
-    torch.testing.assert_close(extract_features(encoder, x, batch=3), together)
     torch.testing.assert_close(extract_features(encoder, x.flip(0)).flip(0), together)
+    monkeypatch.setattr("tcore.models.encoder.block", lambda device: 3)
+    torch.testing.assert_close(extract_features(encoder, x), together)
     assert all(torch.equal(before[k], v) for k, v in encoder.state_dict().items())
     assert extract_features(encoder, x[:0]).shape == (0, 192)
 
@@ -225,9 +226,10 @@ def test_a_classifier_comes_back_as_it_was(encoder, tmp_path):
     assert torch.equal(logits(found, images(5)), logits(model, images(5)))
 
 
-def test_logits_are_those_of_the_head_on_the_features(encoder):
+def test_logits_are_those_of_the_head_on_the_features(encoder, monkeypatch):
     model = Classifier(encoder, heads.new_head(192, 3, SETTINGS, 0)).train()
-    found = logits(model, images(5), batch=2)
+    monkeypatch.setattr("tcore.models.classifier.block", lambda device: 2)
+    found = logits(model, images(5))
     assert not model.training and found.dtype == torch.float32
     torch.testing.assert_close(found, model.head(extract_features(encoder, images(5))))
 

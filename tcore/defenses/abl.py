@@ -99,7 +99,7 @@ def repair(received: Received, settings: Settings, seed: int) -> tuple[Classifie
     def train(phase: str, rows: Tensor, settings: Settings, epochs: int, lr, loss) -> None:
         samples = (received.inputs[rows], received.labels[rows])
         optimizer = torch.optim.SGD(
-            network.parameters(), settings.lr, momentum=0.9, weight_decay=settings.weight_decay
+            network.parameters(), settings.lr, momentum=0.9, weight_decay=settings.weight_decay, fused=True
         )
         for progress, x, y in tqdm(
             training.passes(*samples, settings, epochs, generator),

@@ -89,7 +89,12 @@ def repair(received: Received, settings: Settings, seed: int) -> tuple[Classifie
     def network_and_optimizer(name: str) -> tuple[nn.Module, torch.optim.Optimizer]:
         network = received.network(seed, "cbd", name)
         optimizer = torch.optim.SGD(
-            network.parameters(), settings.lr, 0.9, weight_decay=settings.weight_decay, nesterov=True
+            network.parameters(),
+            settings.lr,
+            0.9,
+            weight_decay=settings.weight_decay,
+            nesterov=True,
+            fused=True,
         )
         return network.train(), optimizer
 

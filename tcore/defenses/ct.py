@@ -68,7 +68,7 @@ def train(model: nn.Module, data: tuple[Tensor, Tensor], epochs: int, settings: 
     """(a), in place."""
     inputs, labels = data
     model.train()
-    optimizer = torch.optim.SGD(model.parameters(), settings.lr, momentum=0.9, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(model.parameters(), settings.lr, momentum=0.9, weight_decay=1e-4, fused=True)
     for _ in range(epochs):
         for rows in batches(len(labels), settings.batch, g, labels.device):
             loss = F.cross_entropy(model(inputs[rows]), labels[rows])
@@ -91,7 +91,7 @@ def confuse(
     weight, classes, device = settings.weights[r], len(class_weights), labels.device
     model.train()
     optimizer = torch.optim.SGD(
-        model.parameters(), settings.confusion_lr[r], momentum=settings.confusion_momentum
+        model.parameters(), settings.confusion_lr[r], momentum=settings.confusion_momentum, fused=True
     )
 
     def draw(n: int) -> Tensor:

@@ -71,7 +71,9 @@ def implant(
         if isinstance(module, nn.modules.batchnorm._BatchNorm | nn.LayerNorm):
             module.requires_grad_(False)
     weights = [parameter for parameter in victim.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(weights, settings.lr, settings.momentum, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.SGD(
+        weights, settings.lr, settings.momentum, weight_decay=settings.weight_decay, fused=True
+    )
     batch = min(settings.batch, len(shadow))
     steps = len(shadow) // batch
     copies = floats(references).repeat(settings.reference_augmentations, 1, 1, 1)

@@ -18,6 +18,7 @@ KEYS = (
     "pretraining",
     "datasets",
 )
+OPTIONAL = ("methods", "trusted", "variants", "encoders", "encoder_seed", "precision")
 OF_ENCODER = ("file", "architecture", "image_size", "mean", "std")  # all needed: no checkpoint says them
 OF_DATASET = (  # beside its source
     "settings",
@@ -32,6 +33,7 @@ TRUSTED = {"source": "granted", "share": 0.1}  # what defences that need clean s
 TRUSTED_SOURCES = ("granted", "seeds", "subset", "none")
 SELECTION = registry.ROOT / "defenses" / "_selection.py"
 DEFENSE = registry.ROOT / "defenses" / "_interface.py"
+PRECISIONS = ("auto", "float32")
 IMPLIED = ("clean", "adaptive")  # attacks that a scenario brings with it
 
 
@@ -42,7 +44,7 @@ def validate(config: dict) -> dict:
     wrong type or contradictory. What only the data can tell, such as a target class beyond
     the last one, is left to the steps.
     """
-    _mapping("config", config, KEYS, optional=("methods", "trusted", "variants", "encoders", "encoder_seed"))
+    _mapping("config", config, KEYS, optional=OPTIONAL)
     methods = _methods(config.get("methods") or {})
     trusted = _trusted("trusted", config.get("trusted") or {}, TRUSTED)
     variants, attack_variants = _split(config.get("variants") or {})
@@ -70,6 +72,7 @@ def validate(config: dict) -> dict:
             f"config: encoder_seed = {shared!r}: a number, 0 or more, "
             "or null: each random seed pre-trains its own"
         )
+    _known("precision", config.get("precision", PRECISIONS[0]), PRECISIONS)
     choices = {
         "scenarios": grid.SCENARIOS,
         "encoder_attacks": encoder_attacks,

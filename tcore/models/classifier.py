@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tcore.device import autocast
+from tcore.device import autocast, block
 from tcore.files import InputError, load_tensors, save_tensors
 from tcore.models import head as heads
 from tcore.models.encoder import Encoder, check_size, floats, load_state
@@ -24,13 +24,13 @@ class Classifier(nn.Module):
 
 
 @torch.no_grad()
-def logits(model: nn.Module, images: Tensor, batch: int = 512) -> Tensor:
+def logits(model: nn.Module, images: Tensor) -> Tensor:
     """Logits (N, C) float32 of uint8 images, in eval mode, on the model's device."""
     check_size(model.encoder, images)
     model.eval()
     device = model.encoder.mean.device
     parts = []
-    for part in images.split(batch):
+    for part in images.split(block(device)):
         with autocast(device):
             parts.append(model(floats(part.to(device))).float())
     return torch.cat(parts)

@@ -25,9 +25,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tcore.device import block
 from tcore.files import InputError, load_tensors, save_tensors
 from tcore.models import elsewhere
 from tcore.models.channels import layers
+from tcore.models.convolution import adopt
 from tcore.models.efficientnet import EfficientNetLite
 from tcore.models.transformer import Transformer
 
@@ -128,6 +130,7 @@ class Encoder(nn.Sequential):
                 "from elsewhere torchvision:<name>, timm:<name> or <your module>:<name>"
             )
         super().__init__(OrderedDict(parts))
+        adopt(self)
         self.architecture, self.image_size, self.dim = architecture, image_size, dim
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
@@ -169,12 +172,12 @@ def floats(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def extract_features(encoder: Encoder, images: Tensor, batch: int = 512) -> Tensor:
+def extract_features(encoder: Encoder, images: Tensor) -> Tensor:
     """Features (N, d) float32 of uint8 images (N, 3, H, W), in eval mode, on the encoder's device."""
     check_size(encoder, images)
     device = encoder.mean.device
     encoder.eval()
-    parts = [encoder(floats(part.to(device))).float() for part in images.split(batch)]
+    parts = [encoder(floats(part.to(device))).float() for part in images.split(block(device))]
     return torch.cat(parts) if parts else torch.empty(0, encoder.dim, device=device)
 
 
@@ -185,9 +188,7 @@ def _means(layer: nn.Module, x: Tensor, n: int) -> Tensor:
 
 
 @torch.no_grad()
-def extract_depths(
-    encoder: Encoder, images: Tensor, shares: tuple[float, ...], batch: int = 512
-) -> list[Tensor]:
+def extract_depths(encoder: Encoder, images: Tensor, shares: tuple[float, ...]) -> list[Tensor]:
     """What enters the encoder's layers at the given shares of its depth, float32 (N, d_l) each: the mean over
     places or tokens, for uint8 images (N, 3, H, W), in eval mode, on the encoder's device.
 
@@ -218,7 +219,7 @@ def extract_depths(
         for layer in set(chosen)
     ]
     found = []
-    for part in images.split(batch):
+    for part in images.split(block(device)):
         encoder(floats(part.to(device)))
         found.append([_means(layer, seen[layer], len(part)) for layer in chosen])
     for hook in hooks:

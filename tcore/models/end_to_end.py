@@ -24,7 +24,9 @@ def train(
         model = Classifier(encoder, nn.Linear(encoder.dim, images.num_classes))
     model.to(device, memory_format=torch.channels_last).train()
     steps = epochs * (len(images) // batch + 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=True
+    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.2)
     order = seeds.generator(seed, "implantation", "order")
     flips = seeds.generator(seed, "implantation", "flips", device=device.type)

@@ -37,15 +37,24 @@ class Head(nn.Module):
         self.fc1 = nn.Linear(dim, first)
         self.fc2 = nn.Linear(first, second)
         self.fc3 = nn.Linear(second, classes)
-        self.dropout = nn.Dropout(settings.dropout)
         self.settings = settings
         self.dim, self.classes = dim, classes
 
     def activations(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         z = F.normalize(features, dim=1) if self.settings.normalize else features
         h1 = torch.relu(self.fc1(z))
-        h2 = torch.relu(self.fc2(self.dropout(h1)))
+        h2 = torch.relu(self.fc2(self.dropped(h1) if self.training else h1))
         return h1, h2, self.fc3(h2)
+
+    def dropped(self, h1: Tensor) -> Tensor:
+        """Dropout; on a CPU from random bytes, which is four times as fast as drawing numbers, with a rate in
+        steps of 1/256."""
+        kept = 256 - round(256 * self.settings.dropout)
+        if h1.device.type != "cpu" or kept in (0, 256):
+            return F.dropout(h1, self.settings.dropout)
+        words = torch.empty(-(-h1.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
+        mask = words.view(torch.uint8)[: h1.numel()].view(h1.shape) < kept
+        return h1 * mask * (256 / kept)
 
     def forward(self, features: Tensor) -> Tensor:
         return self.activations(features)[2]
@@ -84,7 +93,7 @@ def fit_head(
     """
     settings, device = head.settings, features.device
     head.to(device).train()
-    optimizer = torch.optim.Adam(head.parameters(), settings.lr)
+    optimizer = torch.optim.Adam(head.parameters(), settings.lr, fused=True)
     generator = seeds.generator(seed, *names, "order")
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seeds.derive(seed, *names, "dropout"))

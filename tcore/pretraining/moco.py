@@ -104,7 +104,7 @@ def pretrain(
     drawn = torch.randn(settings.queue, settings.projection, generator=seeds.generator(seed, "moco", "queue"))
     queue = F.normalize(drawn, dim=1).to(device)
     optimizer = torch.optim.SGD(
-        model.parameters(), settings.lr, settings.momentum, weight_decay=settings.weight_decay
+        model.parameters(), settings.lr, settings.momentum, weight_decay=settings.weight_decay, fused=True
     )
     losses = train("moco", images, aspects, view, loss, optimizer, settings, seed, device)
     return encoder.eval(), {"loss": losses}

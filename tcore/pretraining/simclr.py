@@ -98,7 +98,9 @@ def train(
         return nt_xent(z, settings.temperature) + (penalty(views) if penalty else 0)
 
     model = nn.Sequential(encoder, projector).to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.Adam(model.parameters(), settings.lr, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.Adam(
+        model.parameters(), settings.lr, weight_decay=settings.weight_decay, fused=True
+    )
     losses = loop(name, images, aspects, view, loss, optimizer, settings, seed, device)
     model.eval()
     return losses

@@ -56,6 +56,8 @@ def record(path: str | Path, step: str, settings: dict, seed: int, device=None) 
     start = time.perf_counter()
     yield log
     seconds = time.perf_counter() - start
+    if device is not None:
+        from tcore.device import arithmetic
     if on_gpu:
         import torch
 
@@ -70,6 +72,7 @@ def record(path: str | Path, step: str, settings: dict, seed: int, device=None) 
             "commit": commit(),
             "versions": {package: _version(package) for package in PACKAGES},
             "device": gpu if on_gpu else "cpu",
+            "arithmetic": None if device is None else arithmetic(device),
             "seconds": round(seconds, 3),
             "peak_ram_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
             "peak_gpu_mb": round(gpu_mb, 1) if on_gpu else None,

@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 from tcore import seeds
 from tcore.data import augment
-from tcore.device import autocast
+from tcore.device import autocast, block
 from tcore.files import InputError
 from tcore.models import head as heads
 from tcore.models.channels import layers, norms_behind
@@ -123,6 +123,8 @@ def trainable(model: Classifier, untrusted: dict[str, Tensor], norm_too: bool = 
     model.requires_grad_(False)
     parameters, norms = list(model.head.parameters()), norms_behind(model.encoder) if norm_too else {}
     for name, layer in layers(model.encoder).items():
+        if not untrusted[name].any():
+            continue
         bad = untrusted[name].float()
         for p in (*layer.parameters(), *(norms[name].parameters() if name in norms else ())):
             mask = bad.view(-1, *[1] * (p.ndim - 1))
@@ -173,7 +175,7 @@ def fit(
 
 def losses(model: Classifier, images: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
     """CE of the given rows, eval mode, float32; by blocks, so that no second copy of the images is made."""
-    found = torch.cat([logits(model, images[part]) for part in rows.split(512)])
+    found = torch.cat([logits(model, images[part]) for part in rows.split(block(labels.device))])
     return F.cross_entropy(found, labels[rows], reduction="none")
 
 
@@ -181,19 +183,18 @@ def best(
     score: Tensor,
     labels: Tensor,
     pool: Tensor,
+    candidates: Tensor,
     share: float,
     per_class: bool,
     of_rest: bool = True,
-    allowed: Tensor | None = None,
 ) -> Tensor:
-    """Rows outside the pool with the smallest score (n,): `share` of these rows, or of each class's; where
-    not `of_rest`, as many as that share of D or of the class in D. Of the `allowed` (n,), all at most."""
+    """Of the candidates (n,) outside the pool those with the smallest score (n,): as many as `share` of all
+    rows outside, or of each class's, all candidates at most; where not `of_rest`, that share of D or of the
+    class in D."""
     found = []
     for group in [labels == k for k in labels[~pool].unique()] if per_class else [torch.ones_like(pool)]:
-        rest = group & ~pool
-        wanted = math.ceil(share * int((rest if of_rest else group).sum()))
-        candidates = rest if allowed is None else rest & allowed
-        found.append(highest(-score, candidates, min(wanted, int(candidates.sum()))))
+        wanted = math.ceil(share * int((group & ~pool if of_rest else group).sum()))
+        found.append(highest(-score, group & candidates, min(wanted, int((group & candidates).sum()))))
     return torch.cat(found)
 
 
@@ -230,7 +231,7 @@ def bootstrap(
     measure_norms(encoder, images[subset], untrusted, settings.batch)
     fresh_head = heads.new_head(encoder.dim, classes, head, seed, "bootstrap", "head")
     model = Classifier(encoder, fresh_head).to(device)
-    optimizer = torch.optim.Adam(trainable(model, untrusted, settings.restart_norm), settings.lr)
+    optimizer = torch.optim.Adam(trainable(model, untrusted, settings.restart_norm), settings.lr, fused=True)
     order = seeds.generator(seed, "bootstrap", "order")
     crops = seeds.generator(seed, "bootstrap", "views", device=device.type)
     data = (images, labels, settings, order, crops)
@@ -252,18 +253,18 @@ def bootstrap(
             rounds += 1
             epochs = settings.epochs_meta if phase == 3 else settings.epochs
             fit(model, optimizer, pool.nonzero().flatten(), *data, settings.frozen_norm, epochs)
-            rest = (~pool).nonzero().flatten()
+            candidates = ~pool & core if settings.within_core and phase < 3 else ~pool
+            rest = candidates.nonzero().flatten()
             score = torch.zeros(n, device=device)
             score[rest] = losses(model, images, labels, rest)
             if phase == 3 and settings.guidance == "meta":
                 fast = copy.deepcopy(model)
                 own = trainable(fast, untrusted, settings.restart_norm)
-                fit(fast, torch.optim.Adam(own, settings.lr), rest, *for_copy, frozen_norm=True)
+                fit(fast, torch.optim.Adam(own, settings.lr, fused=True), rest, *for_copy, frozen_norm=True)
                 gain = score[rest] - losses(fast, images, labels, rest)
                 steady = int(pool.sum()) < settings.steady * n
                 score[rest] = score[rest] + gain.abs() if steady else gain
-            allowed = core if settings.within_core and phase < 3 else None
-            add = best(score, labels, pool, gamma[phase], phase == 1, settings.of_rest, allowed)
+            add = best(score, labels, pool, candidates, gamma[phase], phase == 1, settings.of_rest)
             pool[add], joined[add], phases[add] = True, rounds, phase
             log["pool"].append(int(pool.sum()))
             bar.update(len(add))

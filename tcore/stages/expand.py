@@ -39,6 +39,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tcore import seeds
+from tcore.device import autocast
 from tcore.files import InputError
 from tcore.models import head as heads
 
@@ -73,12 +74,14 @@ def confuse(
     device = features.device
     inside, outside = subset.nonzero().flatten(), (~subset).nonzero().flatten()
     classes = head.classes
-    optimizer = torch.optim.SGD(head.parameters(), settings.lr, momentum=0.9)
+    optimizer = torch.optim.SGD(head.parameters(), settings.lr, momentum=0.9, fused=True)
     head.eval()  # no dropout: the loss that ranks the samples is the one that is trained
     for step in range(settings.steps):
         x = outside[torch.randint(len(outside), (settings.batch,), generator=generator).to(device)]
         t = inside[torch.randint(len(inside), (settings.batch,), generator=generator).to(device)]
-        out = head(features[torch.cat([x, t])])
+        with autocast(device):
+            out = head(features[torch.cat([x, t])])
+        out = out.float()
         if settings.wrong_label == "shifted":
             wrong = (out[len(x) :].argmax(1) + 1 + step % (classes - 1)) % classes
         else:

@@ -70,8 +70,8 @@ def mask_output(layer: nn.Conv2d | nn.Linear, mask: Tensor) -> RemovableHandle:
     shape = (-1, 1, 1) if isinstance(layer, nn.Conv2d) else (-1,)
 
     def scaled(layer: nn.Module, _, out: Tensor) -> Tensor:
-        m = mask.view(shape)
-        return out * m if layer.bias is None else out * m + (1 - m) * layer.bias.view(shape)
+        m = mask.to(out.dtype).view(shape)
+        return out * m if layer.bias is None else out * m + (1 - m) * layer.bias.to(out.dtype).view(shape)
 
     return layer.register_forward_hook(scaled)
 
@@ -83,7 +83,7 @@ def unlearn(model: Classifier, images: Tensor, labels: Tensor, settings: Setting
     parameters = norm_parameters(model.encoder)
     for p in parameters:
         p.requires_grad_(True)
-    optimizer = torch.optim.SGD(parameters, settings.unlearn_lr, momentum=0.9)
+    optimizer = torch.optim.SGD(parameters, settings.unlearn_lr, momentum=0.9, fused=True)
     generator = seeds.generator(seed, "filter", "unlearn")
     recent, trace = [], []
     for _ in trange(settings.unlearn_epochs, desc="unlearn", unit="epoch"):
@@ -112,7 +112,7 @@ def recover(
     found = layers(model.encoder)
     masks = {name: torch.ones(len(m.weight), device=device, requires_grad=True) for name, m in found.items()}
     handles = [mask_output(m, masks[name]) for name, m in found.items()]
-    optimizer = torch.optim.Adam(masks.values(), settings.lr)
+    optimizer = torch.optim.Adam(masks.values(), settings.lr, fused=True)
     generator = seeds.generator(seed, "filter", "recover")
     last = max(1, settings.epochs // 6)
     mean = {name: torch.zeros_like(mask) for name, mask in masks.items()}
