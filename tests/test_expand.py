@@ -173,7 +173,7 @@ def test_poisons_that_confusion_takes_for_clean_stay_outside_with_a_clean_core(p
         (expand.expand(weakened(planted), labels, trusted, core, 4, SETTINGS, HEAD, 0)[0] > 0)[poison].sum()
         for core in (EVERYWHERE, ~poison)
     ]
-    assert entered[0] > 5 and entered[1] == 0
+    assert entered[0] > 3 and entered[1] == 0
 
 
 # --- the clean subset ---------------------------------------------------------------------------
