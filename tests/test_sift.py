@@ -9,12 +9,14 @@ import torch
 from sklearn.cluster import DBSCAN
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tcore.files import InputError
 from tcore.models import head as heads
 from tcore.models.classifier import Classifier
 from tcore.models.encoder import Encoder, extract_depths, floats
 from tcore.stages import sift
+from tcore.stages._clusters import largest_cluster, smallest
 
 SETTINGS = sift.Settings(seed_share=0.05, neighbours=20)
 
@@ -50,6 +52,15 @@ def test_a_point_is_not_its_own_neighbour_but_its_twin_is():
     assert sift.nearest(points, 1, 32).flatten().tolist() == [*range(40, 80), *range(40)]
 
 
+@pytest.mark.parametrize("n, m", [(1, 1), (9, 9), (50, 1), (50, 0), (101, 7), (1000, 60)])
+def test_the_smallest_of_a_row_are_those_that_sorting_finds(n, m):
+    values = normal(6, n)
+    found, columns = smallest(values, m)
+    assert torch.equal(found, values.sort(1).values[:, :m])
+    assert torch.equal(values.gather(1, columns), found)
+    assert all(len(set(row)) == m for row in columns.tolist())  # no column twice
+
+
 # --- consistency --------------------------------------------------------------------------------
 
 
@@ -83,6 +94,10 @@ def test_consistency_is_m_where_nothing_moves_and_all_is_one_class():
 # --- the largest cluster ------------------------------------------------------------------------
 
 
+def largest(points: np.ndarray, min_samples: int, majority: float, block: int = 16) -> np.ndarray:
+    return largest_cluster(torch.from_numpy(points), min_samples, majority, block)
+
+
 def line(*gaps: float) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(gaps)])[:, None].astype(np.float32)
 
@@ -90,25 +105,25 @@ def line(*gaps: float) -> np.ndarray:
 # Whole numbers, so that equal distances are equal in float32 as well.
 def test_a_row_of_points_and_two_far_off():
     points = line(*[1] * 17, 50, 90)
-    assert sift.largest_cluster(points, 2, 0.5).tolist() == [True] * 18 + [False] * 2
+    assert largest(points, 2, 0.5).tolist() == [True] * 18 + [False] * 2
 
 
 def test_of_two_clusters_the_larger():
     points = line(*[1] * 11, 50, *[1] * 23)  # 12 points, a gap, 24 points
-    assert sift.largest_cluster(points, 3, 0.5).tolist() == [False] * 12 + [True] * 24
+    assert largest(points, 3, 0.5).tolist() == [False] * 12 + [True] * 24
 
 
 def test_a_tight_minority_beside_a_loose_majority():
     # 12 close points, then 30 with gaps of 8, behind a gap of 20: the radius has to reach 8 but not 20
     points = line(*[1] * 11, 20, *[8] * 29, *[400] * 8)
-    assert sift.largest_cluster(points, 2, 0.33).tolist() == [False] * 12 + [True] * 30 + [False] * 8
-    assert sift.largest_cluster(points, 2, 0.2).tolist() == [True] * 12 + [False] * 38  # too small a majority
-    assert sift.largest_cluster(points, 2, 0.7).tolist() == [True] * 42 + [False] * 8  # too large a one
+    assert largest(points, 2, 0.33).tolist() == [False] * 12 + [True] * 30 + [False] * 8
+    assert largest(points, 2, 0.2).tolist() == [True] * 12 + [False] * 38  # too small a majority
+    assert largest(points, 2, 0.7).tolist() == [True] * 42 + [False] * 8  # too large a one
 
 
 def test_the_radius_is_the_smallest_that_will_do():
     points = normal(200, 3).numpy()
-    found = sift.largest_cluster(points, 5, 0.4)
+    found = largest(points, 5, 0.4)
     distance = np.linalg.norm(points[:, None].astype(float) - points[None], axis=2)
     kth = np.sort(distance, axis=1)[:, 4]
     shares = []
@@ -125,7 +140,91 @@ def test_the_radius_is_the_smallest_that_will_do():
 def test_where_no_radius_gathers_the_majority_all_of_the_class_counts():
     # 5 equal groups: their inner distances are all there is to choose a radius from
     points = line(*([1] * 4 + [100]) * 5)[:-1]
-    assert sift.largest_cluster(points, 5, 0.33).tolist() == [True] * 25
+    assert largest(points, 5, 0.33).tolist() == [True] * 25
+
+
+def test_links_that_go_further_than_the_lists_of_neighbours():
+    # Three places of 30 points each: a list of 16 holds points of one place alone. Then a row of 30.
+    points = np.concatenate([np.repeat([0, 1, 2], 30), np.arange(10, 40)])[:, None].astype(np.float32)
+    assert largest(points, 2, 0.5).tolist() == [True] * 90 + [False] * 30
+    assert largest(points, 2, 0.25).tolist() == [True] * 30 + [False] * 90  # before they are joined
+
+
+def bisected(points: np.ndarray, min_samples: int, majority: float) -> np.ndarray:
+    """The same with scikit-learn, from all pairs."""
+    tensor = torch.from_numpy(points)
+    distance = torch.cdist(tensor, tensor, compute_mode="donot_use_mm_for_euclid_dist").numpy()
+    kth = np.sort(distance, axis=1)[:, min_samples - 1]
+    found, low, high = np.ones(len(points), bool), 0, 100
+    while high - low > 1:
+        level = (low + high) // 2
+        radius = max(np.percentile(kth, level), 1e-12)
+        cluster = DBSCAN(eps=radius, min_samples=min_samples, metric="precomputed").fit(distance).labels_
+        members = cluster == np.bincount(cluster[cluster >= 0]).argmax()
+        found, low, high = (members, low, level) if members.mean() >= majority else (found, level, high)
+    return found
+
+
+def unequal(n: int, dim: int, random: np.random.Generator) -> np.ndarray:
+    return random.normal(size=(n, dim)) * random.choice([0.01, 1, 30], (n, 1))
+
+
+# Ties and rounding: 0.001 beside 300 is what a matrix product in float32 cannot see
+PLANTED = {
+    "one cloud": lambda n, dim, random: random.normal(size=(n, dim)),
+    "clouds": lambda n, dim, random: (
+        random.normal(size=(n, dim)) + 8 * random.normal(size=(4, dim))[np.arange(n) % 4]
+    ),
+    "a grid": lambda n, dim, random: random.integers(0, 4, (n, dim)),
+    "twins": lambda n, dim, random: random.normal(size=(n, dim))[random.integers(0, n, n) ** 3 // n**2],
+    "all equal": lambda n, dim, random: np.full((n, dim), random.normal()),
+    "unequal clouds, far off": lambda n, dim, random: unequal(n, dim, random) + 300,
+    "a walk": lambda n, dim, random: np.cumsum(random.integers(1, 4, (n, dim)), 0),
+    "close twins, far off": lambda n, dim, random: (
+        random.normal(size=(5, dim))[np.arange(n) % 5] + 1e-3 * random.normal(size=(n, dim)) + 300
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", PLANTED)
+def test_the_cluster_is_what_scikit_learn_finds_from_all_pairs(kind):
+    random = np.random.default_rng(0)
+    some = 0
+    for n in (1, 2, 5, 17, 18, 60, 150, 201):
+        for dim, majority in ((1, 0.35), (2, 0.5), (3, 0.7), (64, 0.2)):
+            points = np.float32(PLANTED[kind](n, dim, random))
+            min_samples = int(random.integers(1, min(n, 10) + 1))
+            expected = bisected(points, min_samples, majority)
+            assert largest(points, min_samples, majority).tolist() == expected.tolist()
+            some += not expected.all()
+    assert some >= 10 or kind == "all equal"
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that an operation returned."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, list | tuple) else [result]:
+            if isinstance(tensor, Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+def test_memory_is_linear_in_the_number_of_samples():
+    found = []
+    for n in (2000, 4000):
+        labels = torch.zeros(n, dtype=torch.long)
+        layers = [normal(n, 3, seed=seed) + 5 * (normal(n, 1, seed=9) > 1) for seed in range(3)]
+        with Largest() as mode:
+            sift.sift(layers, labels, replace(SETTINGS, block=16))
+        found.append(mode.numel)
+    assert found[1] <= 2 * found[0] and found[0] < 2000**2 / 20
 
 
 # --- seeds --------------------------------------------------------------------------------------

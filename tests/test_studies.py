@@ -84,6 +84,14 @@ def test_benchmark_in_small(capsys):
     assert float(line[3]) > 0
 
 
+def test_benchmark_of_sifting_in_small(capsys):
+    run("../benchmarks/sifting", "--samples", 1500, 2500, "--features", 8, "--threads", 1)
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["1,500", "2,500"]
+    assert all(float(row[2]) > 0 for row in rows)
+    assert all(float(peak.replace(",", "")) >= float(before.replace(",", "")) for *_, peak, before in rows)
+
+
 def test_what_an_encoder_attack_did_by_hand(tmp_path):
     """Whatever it sees, a model says 2 behind the clean encoder, and 0, the target, behind the backdoored."""
     test = signs.load(signs.Settings(train=40, test=40, image_size=16), {})["test"]

@@ -600,7 +600,7 @@ def measured(cells: int) -> dict[str, int]:
         # settings that no cell of the grid uses, and a default written out
         ("methods: {badnets: {size: 4}}", {}),
         ("datasets: {signs: {dataset_target: 5}}", {}),
-        ("methods: {sift: {block: 2048}}", {}),
+        ("methods: {sift: {block: 256}}", {}),
         # a longer grid: only the new cells
         ("defenses: [none, tcore, strip, ac]", {"detect": 1} | measured(1)),
         (

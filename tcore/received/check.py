@@ -170,17 +170,18 @@ def saved_blocks(encoder: Encoder, n: int) -> list[int]:
 def memory_needed(encoder: Encoder, images: ImageSet, batch: int) -> int:
     """Bytes of the largest stage: the images, half as much for a selection, and the larger of two needs.
 
-    These are a training step and sifting, which compares all pairs of a class: distances in float32, a
-    partitioned copy and DBSCAN's neighbourhoods. A step takes what autograd keeps, half of that for
-    gradients, gradients and Adam's two moments of the weights, and what the allocator does not give back:
-    glibc keeps freed blocks below `KEPT`, as it was measured about four of the largest.
+    These are a training step and sifting, with six layers and two copies as wide as the features, two blocks
+    of distances and three lists of neighbours, by the defaults. A step takes what autograd keeps, half of
+    that for gradients, gradients and Adam's two moments of the weights, and what the allocator does not give
+    back: glibc keeps freed blocks below `KEPT`, as it was measured about four of the largest.
     """
     encoder.eval()
     blocks = saved_blocks(encoder, batch)
     weights = sum(weight.nbytes for weight in encoder.parameters())
     step = 1.5 * sum(blocks) + 3 * weights + 4 * min(max(blocks, default=0), KEPT)
-    pairs = 3 * 4 * int(np.bincount(images.labels).max()) ** 2
-    return int(1.5 * images.pixels.nbytes + max(step, pairs))
+    settings = sift.Settings()
+    sifting = 4 * len(images.labels) * (8 * encoder.dim + 2 * settings.block + 3 * 2 * settings.neighbours)
+    return int(1.5 * images.pixels.nbytes + max(step, sifting))
 
 
 def check_memory(encoder: Encoder, images: ImageSet, batch: int) -> int:

@@ -26,13 +26,13 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.cluster import DBSCAN
 from torch import Tensor
 
 from tcore import seeds
 from tcore.files import InputError
 from tcore.models.classifier import Classifier
 from tcore.models.encoder import extract_depths
+from tcore.stages._clusters import largest_cluster, smallest
 
 RULES = ("invariance", "random")
 
@@ -45,7 +45,7 @@ class Settings:
     min_samples: int = 5  # DBSCAN's core-point count, the point itself included [open]
     majority: float = 0.5  # share of a class in the largest cluster, which sets DBSCAN's radius [open]
     depths: tuple[float, ...] = (0.25, 0.5, 0.75)  # of the encoder, for the majority rule; paper: none [ours]
-    block: int = 2048  # rows per block of the neighbour search (memory: block x n floats)
+    block: int = 256  # rows per block of the neighbour search (memory: some block x n floats)
 
 
 def activations(model: Classifier, features: Tensor, images: Tensor, settings: Settings) -> list[Tensor]:
@@ -65,56 +65,28 @@ def nearest(points: Tensor, m: int, block: int) -> Tensor:
     points = points - points.mean(0)
     norms = points.square().sum(1)
     found = []
-    for start in range(0, len(points), block):
-        part = points[start : start + block]
-        distance = norms - 2 * part @ points.T  # + |part|^2, the same for a whole row
-        rows = torch.arange(len(part), device=points.device)
-        distance[rows, start + rows] = torch.inf
-        found.append(distance.topk(m, largest=False).indices)
+    for rows in torch.arange(len(points), device=points.device).split(block):
+        product = points[rows] @ points.T
+        distance = torch.sub(norms, product, alpha=2, out=product)  # + |row|^2, the same for a whole row
+        distance[torch.arange(len(rows), device=rows.device), rows] = torch.inf
+        found.append(smallest(distance, m)[1])
     return torch.cat(found)
 
 
 def consistency(layers: list[Tensor], labels: Tensor, m: int, block: int) -> tuple[Tensor, Tensor]:
     """For each sample: s(x), (n,) int64, and the mean distance at layer 1 to the neighbours counted."""
-    n = len(labels)
-    lists = [nearest(layer, m, block) for layer in layers]
+    lists = [nearest(layer, m, block).split(block) for layer in layers]
     scores, spreads = [], []
-    for start in range(0, n, block):
-        stop = min(start + block, n)
-        count = torch.zeros(stop - start, n, dtype=torch.uint8, device=labels.device)
-        for found in lists:
-            count.scatter_add_(1, found[start:stop], torch.ones_like(found[start:stop], dtype=torch.uint8))
-        # every layer's list holds a shared neighbour, so the first list finds them all
-        first = lists[0][start:stop]
-        shared = (count.gather(1, first) == len(lists)) & (labels[first] == labels[start:stop, None])
-        distance = (layers[0][start:stop, None] - layers[0][first]).norm(dim=2)
+    for rows, first, *others in zip(
+        torch.arange(len(labels), device=labels.device).split(block), *lists, strict=True
+    ):
+        shared = labels[first] == labels[rows, None]
+        for other in others:
+            shared &= (first[:, :, None] == other[:, None]).any(2)
+        distance = (layers[0][rows, None] - layers[0][first]).norm(dim=2)
         scores.append(shared.sum(1))
         spreads.append((distance * shared).sum(1) / shared.sum(1).clamp(min=1))
     return torch.cat(scores), torch.cat(spreads)
-
-
-def largest_cluster(points: np.ndarray, min_samples: int, majority: float) -> np.ndarray:
-    """Members (boolean) of the largest DBSCAN cluster of points (n, d), at the smallest radius at which it
-    holds the share `majority` of them.
-
-    Radii are the percentiles 1 to 99 of the distances to the min_samples-th neighbour, a point itself
-    included. The largest cluster grows with the radius, so bisection finds it; where no radius will do, all
-    points are in.
-    """
-    tensor = torch.from_numpy(points)
-    distance = torch.cdist(tensor, tensor, compute_mode="donot_use_mm_for_euclid_dist").numpy()
-    kth = np.partition(distance, min_samples - 1, axis=1)[:, min_samples - 1]
-    found, low, high = np.ones(len(points), bool), 0, 100
-    while high - low > 1:
-        level = (low + high) // 2
-        radius = max(np.percentile(kth, level), 1e-12)
-        cluster = DBSCAN(eps=radius, min_samples=min_samples, metric="precomputed").fit(distance).labels_
-        members = cluster == np.bincount(cluster + 1)[1:].argmax() if (cluster >= 0).any() else cluster >= 0
-        if members.mean() >= majority:
-            found, high = members, level
-        else:
-            low = level
-    return found
 
 
 def sift(layers: list[Tensor], labels: Tensor, settings: Settings, seed: int = 0) -> pd.DataFrame:
@@ -141,7 +113,8 @@ def sift(layers: list[Tensor], labels: Tensor, settings: Settings, seed: int = 0
         members = (labels == k).nonzero().flatten()
         for share in sorted({settings.majority, max(settings.majority, 0.5)}):
             inside = [
-                largest_cluster(layer[members].cpu().numpy(), settings.min_samples, share) for layer in layers
+                largest_cluster(layer[members], settings.min_samples, share, settings.block)
+                for layer in layers
             ]
             core[members.cpu()] = torch.from_numpy(np.logical_and.reduce(inside))
             if core[members.cpu()].sum() >= int(settings.seed_share * size):
