@@ -25,22 +25,25 @@ FILES = {
 }
 
 
+def forget():
+    for known in (provenance.code, provenance._scan, provenance._files):
+        known.cache_clear()
+
+
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     for name, text in FILES.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     monkeypatch.setattr(provenance, "ROOT", tmp_path)
-    return tmp_path
+    forget()
+    yield tmp_path
+    forget()
 
 
 @pytest.fixture
 def changes(project):
     """Whether an edit of one file changes the digest of `step` with the method alpha."""
-
-    def forget():
-        for known in (provenance.code, provenance._scan):
-            known.cache_clear()
 
     def changed(name, text):
         before = provenance.code("step", "methods/alpha")

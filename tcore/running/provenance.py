@@ -53,8 +53,9 @@ def closure(roots: Iterable[Path]) -> list[Path]:
 def _scan(path: Path) -> tuple[str, tuple[Path, ...]]:
     """The digest of one file and the files of ours that it imports, wherever the statement stands."""
     tree = ast.parse(path.read_text())
-    imports = tuple({file for name in _imported(tree, path) for file in _files(name)})
-    for node in ast.walk(tree):
+    nodes = list(ast.walk(tree))
+    imports = tuple({file for name in set(_imported(nodes, path)) for file in _files(name)})
+    for node in nodes:
         if isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None:
             del node.body[0]
     return hashlib.sha256(_text(tree).encode()).hexdigest(), imports
@@ -72,9 +73,9 @@ def _text(node) -> str:
     return repr(node)
 
 
-def _imported(tree: ast.Module, path: Path) -> Iterator[str]:
-    """Dotted names that a file imports; `from a import b` may mean the module a.b."""
-    for node in ast.walk(tree):
+def _imported(nodes: list[ast.AST], path: Path) -> Iterator[str]:
+    """Dotted names that the nodes of a file import; `from a import b` may mean the module a.b."""
+    for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -83,9 +84,10 @@ def _imported(tree: ast.Module, path: Path) -> Iterator[str]:
             yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
-def _files(name: str) -> Iterator[Path]:
+@cache
+def _files(name: str) -> tuple[Path, ...]:
     """The files of ours that run when a dotted name is imported: the packages on the way and the module."""
     parts = name.split(".")
-    for end in range(1, len(parts) + 1):
-        stem = ROOT.joinpath(*parts[:end])
-        yield from (path for path in (stem.with_suffix(".py"), stem / "__init__.py") if path.is_file())
+    stems = [ROOT.joinpath(*parts[:end]) for end in range(1, len(parts) + 1)]
+    candidates = [path for stem in stems for path in (stem.with_suffix(".py"), stem / "__init__.py")]
+    return tuple(path for path in candidates if path.is_file())
