@@ -83,7 +83,7 @@ rule draw_figure:
 
 rule figures:
     input:
-        expand("data/results/figures/{paper_figure}.png", paper_figure=figures_in_grid()),
+        lambda wildcards: expand("data/results/figures/{paper_figure}.png", paper_figure=figures_in_grid()),
 
 
 for figure in paper_figure.names():

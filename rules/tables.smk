@@ -77,7 +77,7 @@ use rule compare_tables as compare_tables_available with:
 
 rule tables:
     input:
-        expand("data/results/tables/table_{table}.md", table=tables_in_grid()),
+        lambda wildcards: expand("data/results/tables/table_{table}.md", table=tables_in_grid()),
 
 
 for number in tables.TITLES:
