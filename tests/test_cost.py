@@ -2,7 +2,7 @@
 
 import json
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -87,19 +87,19 @@ def test_steps_without_a_record_are_those_of_the_demo(data):
     assert found["seconds"][0] == pytest.approx(expected) and found["basis"][0] == "elsewhere"
 
 
-def test_the_demo_is_measured_in_every_step():
-    found = subprocess.run(
-        [sys.executable, "scripts/tools/estimate_cost.py", "--data", "nowhere", "--", "--forceall"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
+def run(monkeypatch, *arguments: str) -> None:
+    script = ROOT / "scripts/tools/estimate_cost.py"
+    monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+    monkeypatch.chdir(ROOT)
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def test_the_demo_is_measured_in_every_step(monkeypatch, capsys):
+    run(monkeypatch, "--data", "nowhere", "--", "--forceall")
+    found = capsys.readouterr().out
     assert "bootstrap" in found and "unknown" not in found and "another method" not in found
 
 
-def test_no_plan_is_an_error():
-    run = subprocess.run(
-        [sys.executable, "scripts/tools/estimate_cost.py", "tabel_2"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 1 and "there is no plan" in run.stderr and "tabel_2" in run.stderr
+def test_no_plan_is_an_error(monkeypatch):
+    with pytest.raises(SystemExit, match="(?s)there is no plan.*tabel_2"):
+        run(monkeypatch, "tabel_2")

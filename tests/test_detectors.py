@@ -472,8 +472,8 @@ def test_the_inner_filter_names_who_is_not_among_the_clean():
 
 def test_asset_raises_the_loss_of_the_planted():
     received, poison = shortcut()
-    settings = asset.Settings(epochs=8, batch=256, lr=3e-3, inner_lr=1e-3, layer="encoder")
-    score = asset.score(received, settings, 0)
+    settings = asset.Settings(epochs=4, batch=256, lr=6e-3, inner_steps=30, inner_lr=2e-3, layer="encoder")
+    score = asset.score(received, settings, 1)  # by a scorer that gives them the lowest loss if left alone
     assert auroc(score, poison) > 0.95
     tpr, fpr = rates(asset.flag(score, received, settings), poison)
     assert tpr > 0.9 and fpr < 0.15

@@ -1,17 +1,21 @@
 """The pages: every command in README and docs is run or dry-run, and no page is too long to read."""
 
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 import tomllib
+from contextlib import redirect_stdout
 from functools import cache
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tcore import __main__ as command
+from tests import planner
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -35,15 +39,30 @@ def commands() -> dict[str, str]:
 COMMANDS = commands()
 
 
-def call(*arguments, folder=ROOT) -> str:
-    run = subprocess.run(list(map(str, arguments)), cwd=folder, capture_output=True, text=True)
+def succeeded(run: subprocess.CompletedProcess) -> str:
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     return run.stdout + run.stderr
 
 
+def call(*arguments: str) -> str:
+    return succeeded(subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True))
+
+
 @cache
-def help_of(*arguments) -> str:
-    return call(*arguments, "--help")
+def help_of_dvc(*words: str) -> str:
+    return call(str(BIN / "dvc"), *words, "--help")
+
+
+@cache
+def help_of_script(name: str) -> str:
+    """In this process, which has torch already."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as printed:
+        patch.setattr(sys, "argv", [name, "--help"])
+        patch.syspath_prepend((ROOT / name).parent)
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / name), run_name="__main__")
+    assert not end.value.code
+    return printed.getvalue()
 
 
 def options(arguments: list[str]) -> list[str]:
@@ -67,14 +86,14 @@ def check_snakemake(arguments: list[str], folder: Path) -> None:
                 (folder / entry["settings"]["path"]).mkdir(parents=True, exist_ok=True)
     if not {"-s", "--snakefile"} & {*arguments}:
         arguments = ["--directory", str(folder), *arguments]
-    call(sys.executable, "-m", "snakemake", "--dry-run", "--quiet", "all", *arguments)
+    succeeded(planner.snakemake(ROOT, "--dry-run", "--quiet", "all", *arguments))
 
 
 def check_python(arguments: list[str], folder: Path) -> None:
     script, *rest = arguments
     assert (ROOT / script).is_file(), script
     own = rest[: rest.index("--")] if "--" in rest else rest
-    known = help_of(sys.executable, ROOT / script)
+    known = help_of_script(script)
     assert not [option for option in options(own) if option not in known]
 
 
@@ -85,7 +104,7 @@ def check_tcore(arguments: list[str], folder: Path) -> None:
 def check_dvc(arguments: list[str], folder: Path) -> None:
     words = [argument for argument in arguments if not argument.startswith("-")]
     two = words[0] in ("remote", "data", "cache")
-    known = help_of(BIN / "dvc", *words[: 2 if two else 1])
+    known = help_of_dvc(*words[: 2 if two else 1])
     assert not [option for option in options(arguments) if option not in known]
 
 

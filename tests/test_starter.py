@@ -13,13 +13,13 @@ from tcore.running import starter
 
 TELL = """
 import json, os, sys
-import torch, told
+import told
 print(json.dumps([sys.argv, __name__, sys.path[:2], os.getcwd(), os.environ.get("TOLD"), sys.stdin.read(),
-                  told.__file__, torch.get_num_threads()]), flush=True)
+                  told.__file__]), flush=True)
 print("warning", file=sys.stderr)
 """
 ENDS = {
-    "well": ("pass", 0),
+    "well": ("import torch; print(torch.get_num_threads())", 0),
     "code": ("sys.exit(3)", 3),
     "text": ("sys.exit('error: no')", 1),
     "error": ("raise ValueError('no')", 1),

@@ -18,6 +18,7 @@ from snakemake.utils import update_config
 from tcore.experiment import registry
 from tcore.experiment.settings import FAMILIES
 from tcore.running import alive, provenance
+from tests import planner
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -47,12 +48,28 @@ def snakemake(folder: Path, *arguments: str, **environment: str) -> str:
     return call(folder, sys.executable, "-m", "snakemake", *arguments, **environment)
 
 
+def dry_run(folder: Path, *arguments: str) -> str:
+    run = planner.snakemake(folder, "--dry-run", *arguments)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    return run.stdout
+
+
+def refused(folder: Path, *arguments: str) -> str:
+    """What a dry run that must fail prints."""
+    run = planner.snakemake(folder, "--dry-run", *arguments)
+    assert run.returncode != 0
+    return run.stdout + run.stderr
+
+
 def plan(folder: Path, *arguments: str) -> list[tuple[str, set[str]]]:
     """(script, every path below data/ that it reads or writes) of each job, where nothing exists yet.
 
     Snakemake prints the command and, because every file is to be made, every input as a reason.
     """
-    text = snakemake(folder, "--dry-run", "--printshellcmds", *arguments)
+    return jobs_of(dry_run(folder, "--printshellcmds", *arguments))
+
+
+def jobs_of(text: str) -> list[tuple[str, set[str]]]:
     blocks = re.sub(r"^Would remove .*", "", text, flags=re.MULTILINE).split("\nJob ")  # after any other job
     jobs = [block for block in blocks if "scripts/" in block]
     assert all("Missing output files" in job for job in jobs)
@@ -67,7 +84,7 @@ def counts(jobs: list[tuple[str, set[str]]]) -> dict[str, int]:
 
 def stale(folder: Path, *more: str) -> dict[str, int]:
     """What a dry run would run, counted by rule; with `more` configuration files or other arguments."""
-    text = snakemake(folder, "-n", "--quiet", "reason", *SMOKE, *more)
+    text = dry_run(folder, "--quiet", "reason", *SMOKE, *more)
     if "Nothing to be done" in text:
         return {}
     table = text.partition("Job stats:")[2].partition("total")[0]
@@ -120,10 +137,8 @@ def test_the_papers_figures_by_hand(figures):
 def test_one_figure_alone_and_one_that_the_grid_has_no_cell_of(sources, tmp_path):
     assert counts(plan(sources, "figure_5"))["measure_figure"] == 2
     (tmp_path / "overlay.yaml").write_text("scenarios: [T1]")
-    command = [sys.executable, "-m", "snakemake", "-n", "--configfile", tmp_path / "overlay.yaml"]
-    run = subprocess.run([*command, "--", "figure_6"], cwd=sources, capture_output=True, text=True)
-    assert run.returncode != 0
-    assert "no cell of the grid is in it; it needs T2" in run.stdout + run.stderr
+    printed = refused(sources, "--configfile", str(tmp_path / "overlay.yaml"), "--", "figure_6")
+    assert "no cell of the grid is in it; it needs T2" in printed
 
 
 def test_another_grid_by_hand(sources, tmp_path):
@@ -140,7 +155,7 @@ def test_seeds_may_share_a_clean_encoder(sources, tmp_path):
         "{scenarios: [T1, T2], seeds: [1, 2], defenses: [none], encoder_attacks: [badencoder, ctrl],"
         " encoder_seed: 1, pairs: [{pretrain: signs, downstream: signs}]}"
     )
-    text = snakemake(sources, "-n", "--configfile", str(overlay))
+    text = dry_run(sources, "--configfile", str(overlay))
     found = dict(re.findall(r"^(\w+) +(\d+)$", text, re.MULTILINE))
     # Seed 1's encoder serves both seeds; on CTRL's images each seed pre-trains its own.
     steps = ("pretrain_encoder", "share_encoder", "pretrain_on_poisons")
@@ -165,8 +180,8 @@ def every_attack(sources, tmp_path_factory):
         "{scenarios: [T1, T3], encoder_attacks: [badencoder, drupe, ctrl, sslbackdoor, corruptencoder],"
         " pairs: [{pretrain: signs, downstream: signs}], datasets: {signs: {pretraining: moco}}}"
     )
-    arguments = ("--configfile", str(overlay))
-    return plan(sources, *arguments), snakemake(sources, "-n", "--printshellcmds", *arguments)
+    text = dry_run(sources, "--printshellcmds", "--configfile", str(overlay))
+    return jobs_of(text), text
 
 
 def test_attacks_on_weights_and_on_images_by_hand(every_attack):
@@ -207,8 +222,8 @@ def knowing(sources, tmp_path_factory):
         "{scenarios: [T1, T2, T1+T2], dataset_attacks: [badnets, tis_aware, tis_aware_16],"
         " variants: {tis_aware_16: {attack: tis_aware, settings: {eps: 16}}}}"
     )
-    arguments = ("--configfile", str(overlay))
-    return plan(sources, *arguments), snakemake(sources, "-n", "--printshellcmds", *arguments)
+    text = dry_run(sources, "--printshellcmds", "--configfile", str(overlay))
+    return jobs_of(text), text
 
 
 def test_an_attack_that_is_told_of_the_encoder_makes_a_set_for_each(knowing):
@@ -244,9 +259,9 @@ def test_a_variant_of_an_attack_has_the_last_word(sources, tmp_path):
         datasets: {signs: {attacks: {badnets: {opacity: 0.5, size: 9}}}}
         """
     )
-    jobs = counts(plan(sources, "--configfile", str(overlay)))
+    commands = dry_run(sources, "--printshellcmds", "--configfile", str(overlay))
+    jobs = counts(jobs_of(commands))
     assert jobs["poison_dataset"] == 2 and jobs["train_head"] == 2 * 2 and jobs["predict"] == 2 * 4
-    commands = snakemake(sources, "-n", "--printshellcmds", "--configfile", str(overlay))
     found = re.findall(r"--attack (\w+) .*--settings '(.*?)' .*--train data/poisoned/any/(\S+)", commands)
     settings = {place: (attack, json.loads(text)) for attack, text, place in found}
     attack, own = settings.pop("signs-badnets_30/0/train.parquet")
@@ -372,10 +387,7 @@ def test_a_variant_of_tcore_shares_what_comes_before_the_first_stage_that_differ
 
 
 def test_a_table_that_the_grid_has_no_cell_of_says_what_to_do(sources):
-    command = [sys.executable, "-m", "snakemake", "-n", "table_10"]
-    run = subprocess.run(command, cwd=sources, capture_output=True, text=True)
-    assert run.returncode != 0
-    assert "run with --configfile config/paper.yaml" in run.stdout + run.stderr
+    assert "run with --configfile config/paper.yaml" in refused(sources, "table_10")
 
 
 def test_a_retry_on_a_cluster_gets_more(sources, tmp_path):
@@ -387,8 +399,7 @@ def test_a_retry_on_a_cluster_gets_more(sources, tmp_path):
     command = [sys.executable, "-m", "snakemake", "--cores", "1", "--workflow-profile", str(profile)]
     assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode != 0
     assert (tmp_path / "tried").read_text().split() == ["16000", "2880", "32000", "5760", "48000", "8640"]
-    jobs = snakemake(sources, "-n", "--workflow-profile", str(profile))
-    assert "Group job measure" in jobs
+    assert "Group job measure" in dry_run(sources, "--workflow-profile", str(profile))
 
 
 @pytest.mark.parametrize(
@@ -396,10 +407,7 @@ def test_a_retry_on_a_cluster_gets_more(sources, tmp_path):
     [("scenarios=[T4]", "known: clean, T1"), ("defenses=[tcores]", "did you mean 'tcore'")],
 )
 def test_a_bad_configuration_stops_with_a_short_message(sources, override, message):
-    command = [sys.executable, "-m", "snakemake", "-n", "--config", override]
-    run = subprocess.run(command, cwd=sources, capture_output=True, text=True)
-    assert run.returncode != 0
-    printed = run.stdout + run.stderr
+    printed = refused(sources, "--config", override)
     assert message in printed
     assert "Traceback" not in printed and len(printed.splitlines()) < 6
 
@@ -493,7 +501,7 @@ def test_another_workflow_uses_this_one_as_a_module(sources, tmp_path):
     snakemake(tmp_path, "--cores", "2")
     assert (tmp_path / "counted.txt").read_text().strip() == "2"
     assert json.loads((tmp_path / path).with_name("evaluate.run.json").read_text())["step"] == "evaluate"
-    assert "Nothing to be done" in snakemake(tmp_path, "--cores", "1", "-n")
+    assert "Nothing to be done" in dry_run(tmp_path, "--cores", "1")
     assert not (sources / "data/datasets").exists()
 
 
@@ -507,7 +515,7 @@ def test_snakemakes_linter_finds_one_thing_and_that_is_meant(sources):
 
 def test_steps_run_without_snakemake_and_it_then_has_nothing_to_do(finished, tmp_path):
     folder = copy_sources(tmp_path)
-    (folder / "plan.txt").write_text(snakemake(folder, "-n", "-p", *SMOKE))
+    (folder / "plan.txt").write_text(dry_run(folder, "-p", *SMOKE))
     run_steps = (sys.executable, "scripts/tools/run_steps.py", "plan.txt", "--jobs", "2")
     call(folder, *run_steps, PYTHONPATH=str(folder))
     assert stale(folder) == {}
