@@ -10,10 +10,13 @@ REPORT := data/results/report.html
 
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: help setup demo benchmark test docs
+# Tests run in several processes, each with one thread.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist loadgroup
+
+.PHONY: help setup demo benchmark test test-all docs
 
 help: ## show this list
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
 
 setup: $(INSTALLED) ## create .venv and install everything into it, if not done yet
 
@@ -30,7 +33,10 @@ test: setup ## check style, workflow, pages and code
 	$(BIN)/ruff format --check
 	$(BIN)/snakefmt --check Snakefile rules
 	$(BIN)/mkdocs build --strict --quiet --site-dir .venv/site
-	$(BIN)/pytest
+	$(PYTEST)
+
+test-all: setup ## run all tests, those too that take minutes or need other data
+	$(PYTEST) -m ""
 
 docs: setup ## write the generated pages, and show all of them on http://127.0.0.1:8000
 	$(BIN)/python scripts/tools/config_reference.py

@@ -101,5 +101,5 @@ def test_the_demo_is_measured_in_every_step(monkeypatch, capsys):
 
 
 def test_no_plan_is_an_error(monkeypatch):
-    with pytest.raises(SystemExit, match="(?s)there is no plan.*tabel_2"):
+    with pytest.raises(SystemExit, match=r"(?s)there is no plan.*tabel_2"):
         run(monkeypatch, "tabel_2")

@@ -1,4 +1,4 @@
-"""Many cells at once, on planted results: means, intervals, ranks by hand; a page for 1 cell as for hundreds."""
+"""Many cells at once, on planted results: means, intervals, ranks by hand; a page for 1 as for hundreds."""
 
 from itertools import product
 from pathlib import Path

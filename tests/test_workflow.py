@@ -22,6 +22,7 @@ from tests import planner
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
+pytestmark = pytest.mark.xdist_group("workflow")  # one process, which makes the run in small once
 SMOKE = ("--configfile", "config/smoke.yaml")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "DVC_NO_ANALYTICS": "1"}
 
