@@ -158,12 +158,12 @@ def test_what_expansion_lets_in_is_counted(attacked_cell):
     out = attacked_cell / "out.csv"
     choices = {
         "none": {"subset_share": 0.01},
-        "all": {"within_core": False, "subset_share": 1.0, "steps": 20},
+        "all": {"within_core": False, "subset_share": 1.0, "round_share": 0.3, "epochs": 1, "steps": 4},
     }
     run(
         "studies/expansion",
         *("--data", attacked_cell, "--cells", "theirs-badencoder/mine-adaptive/0", "--output", out),
-        *("--settings", json.dumps(choices)),
+        *("--settings", json.dumps(choices), "--head", '{"hidden": [16, 8]}'),
     )
     found = pd.read_csv(out).set_index("settings")
     labels = read_images(attacked_cell / "poisoned/any/mine-badnets/0/train.parquet").labels

@@ -496,8 +496,9 @@ rule count:
 def test_another_workflow_uses_this_one_as_a_module(sources, tmp_path):
     config = yaml.safe_load((sources / "config/config.yaml").read_text())
     update_config(config, yaml.safe_load((sources / "config/smoke.yaml").read_text()))
+    config["scenarios"] = ["T2"]
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config))
-    path = "data/results/scenes-badencoder/signs-adaptive/0/none/metrics.parquet"
+    path = "data/results/scenes-clean/signs-badnets/0/none/metrics.parquet"
     (tmp_path / "Snakefile").write_text(MODULE.format(root=sources, metrics=path))
     snakemake(tmp_path, "--cores", "2")
     assert (tmp_path / "counted.txt").read_text().strip() == "2"
@@ -607,7 +608,7 @@ def measured(cells: int) -> dict[str, int]:
             | (USER | STAGES | STRIP | measured(3)),
         ),
         # settings that no cell of the grid uses, and a default written out
-        ("methods: {badnets: {size: 4}}", {}),
+        ("methods: {badnets: {size: 5}}", {}),
         ("datasets: {signs: {dataset_target: 5}}", {}),
         ("methods: {sift: {block: 256}}", {}),
         # a longer grid: only the new cells
