@@ -487,7 +487,7 @@ use rule * from secure as secure_*
 
 rule count:
     default_target: True
-    input: "data/datasets/signs/train.parquet", "{metrics}"
+    input: "data/datasets/signs/train.parquet", "data/datasets/scenes/test.parquet"
     output: "counted.txt"
     shell: "ls {{input}} | wc -l > {{output}}"
 """
@@ -496,14 +496,17 @@ rule count:
 def test_another_workflow_uses_this_one_as_a_module(sources, tmp_path):
     config = yaml.safe_load((sources / "config/config.yaml").read_text())
     update_config(config, yaml.safe_load((sources / "config/smoke.yaml").read_text()))
-    config["scenarios"] = ["T2"]
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config))
-    path = "data/results/scenes-clean/signs-badnets/0/none/metrics.parquet"
-    (tmp_path / "Snakefile").write_text(MODULE.format(root=sources, metrics=path))
+    cell = "scenes-badencoder/signs-adaptive/0"
+    (tmp_path / "Snakefile").write_text(MODULE.format(root=sources))
     snakemake(tmp_path, "--cores", "2")
     assert (tmp_path / "counted.txt").read_text().strip() == "2"
-    assert json.loads((tmp_path / path).with_name("evaluate.run.json").read_text())["step"] == "evaluate"
     assert "Nothing to be done" in dry_run(tmp_path, "--cores", "1")
+    rest = jobs_of(dry_run(tmp_path, "-p", f"data/results/{cell}/tcore/metrics.parquet"))
+    assert set(counts(rest)) == {
+        *("pretrain_encoder", "poison_encoder", "poison_dataset", "extract_features", "train_head"),
+        *("sift", "expand", "filter_channels", "bootstrap", "predict", "evaluate"),
+    }
     assert not (sources / "data/datasets").exists()
 
 
