@@ -50,7 +50,7 @@ def autocast(device: torch.device):
 
 def arithmetic(device: torch.device) -> str:
     """What `autocast` computes in on a device: bfloat16 or float32."""
-    has_it = device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+    has_it = device.type == "cuda" or getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
     return "bfloat16" if has_it and os.environ.get(PRECISION, "auto") != "float32" else "float32"
 
 

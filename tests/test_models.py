@@ -1,5 +1,7 @@
 """Encoders against torchvision, heads against NumPy float64, and files that do not fit."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -235,6 +237,21 @@ def test_logits_are_those_of_the_head_on_the_features(encoder, monkeypatch):
 
 
 # --- heads --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.25, 0.5])
+def test_dropout_keeps_a_share_and_the_mean(rate):
+    head = heads.new_head(4, 3, replace(SETTINGS, dropout=rate), 0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        found, again = head.dropped(torch.ones(400, 250)), head.dropped(torch.ones(400, 250))
+    kept = found > 0
+    assert kept.float().mean() == pytest.approx(1 - rate, abs=0.01)  # six standard deviations
+    assert kept.float().mean(0).std() < 0.05 and kept.float().mean(1).std() < 0.05
+    torch.testing.assert_close(found[kept], torch.full_like(found[kept], 1 / (1 - rate)))
+    assert torch.equal(found, again) == (rate == 0)
+    x = torch.randn(5, 4)
+    assert torch.equal(head.eval()(x), head(x))
 
 
 @pytest.mark.parametrize("normalize", [True, False])

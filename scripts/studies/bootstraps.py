@@ -35,7 +35,9 @@ def measure(data: Path, cell: str, seed: int, changes: dict, device: torch.devic
     test = read_images(test / "test.parquet")
     given = load_json(folder / "tcore/bootstrap.run.json")["settings"]
     channels = load_tensors(folder / "tcore/channels.safetensors")[0].items()
-    untrusted = {name.removeprefix("untrusted."): c.to(device) for name, c in channels if "untrusted." in name}
+    untrusted = {
+        name.removeprefix("untrusted."): c.to(device) for name, c in channels if "untrusted." in name
+    }
     subset = torch.from_numpy((load_table(folder / "tcore/subset.parquet")["round"] >= 0).to_numpy(copy=True))
     core = torch.from_numpy(load_table(folder / "tcore/seeds.parquet")["in_core"].to_numpy(copy=True))
     start = time.perf_counter()
