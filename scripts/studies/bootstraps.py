@@ -1,9 +1,9 @@
 """Does a change of bootstrapping change what gets through? Paired runs from the states that a run has left.
 
 For every cell with T-Core in the data folder and each of the random seeds, bootstrapping runs once with each
-variant, a change of its settings, and in each arithmetic, from the same encoder, seed samples, clean subset and
-channels. The evaluator's measures go into one CSV; what stands there already is not run again, so that several
-of these commands, with different seeds, can share a machine and go on where they stopped.
+variant, a change of its settings, and in each arithmetic, from the same encoder, seed samples, clean subset
+and channels. The evaluator's measures go into one CSV; what stands there already is not run again, so that
+several of these commands, with different seeds, can share a machine and go on where they stopped.
 """
 
 import argparse
