@@ -58,9 +58,8 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.set_num_threads(1)
-    print(
-        f"| architecture | images | pass | {' | '.join(f'{kind}, ms' for kind in KINDS)} | float32 / bfloat16 |"
-    )
+    kinds = " | ".join(f"{kind}, ms" for kind in KINDS)
+    print(f"| architecture | images | pass | {kinds} | float32 / bfloat16 |")
     print("| --- | ---: | --- | ---: | ---: | ---: | ---: |")
     for architecture in args.architectures:
         for batch in args.batches:
