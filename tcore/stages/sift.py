@@ -64,13 +64,14 @@ def nearest(points: Tensor, m: int, block: int) -> Tensor:
     """Indices (n, m) of the m nearest other rows of points (n, d), Euclidean, nearest first."""
     points = points - points.mean(0)
     norms = points.square().sum(1)
-    found = []
+    found = torch.empty(len(points), m, dtype=torch.long, device=points.device)
+    space = points.new_empty(min(block, len(points)), len(points))  # a new one for each block takes longer
     for rows in torch.arange(len(points), device=points.device).split(block):
-        product = points[rows] @ points.T
+        product = torch.mm(points[rows], points.T, out=space[: len(rows)])
         distance = torch.sub(norms, product, alpha=2, out=product)  # + |row|^2, the same for a whole row
         distance[torch.arange(len(rows), device=rows.device), rows] = torch.inf
-        found.append(smallest(distance, m)[1])
-    return torch.cat(found)
+        found[rows] = smallest(distance, m)[1]
+    return found
 
 
 def consistency(layers: list[Tensor], labels: Tensor, m: int, block: int) -> tuple[Tensor, Tensor]:
