@@ -11,7 +11,7 @@ REPORT := data/results/report.html
 export DVC_NO_ANALYTICS := 1
 
 # Tests run in several processes, each with one thread.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist loadgroup
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 
 .PHONY: help setup demo benchmark test test-all docs
 

@@ -75,7 +75,7 @@ def check_snakemake(arguments: list[str], folder: Path) -> None:
             place = arguments.index(absent[0])
             assert tuple(arguments[place : place + 2]) == absent
             del arguments[place : place + 2]
-    if "--report" in arguments:  # of results that are not there; test_workflow.py makes one
+    if "--report" in arguments:  # of results that are not there; test_reruns.py makes one
         return
     for name in (Path(argument).name for argument in arguments if argument.endswith(".yaml")):
         if name in PLACEHOLDERS:

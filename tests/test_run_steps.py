@@ -1,4 +1,4 @@
-"""Steps without Snakemake, of plans written by hand; a real one is in test_workflow.py."""
+"""Steps without Snakemake, of plans written by hand; a real one is in test_reruns.py."""
 
 import runpy
 import subprocess
