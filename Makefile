@@ -35,7 +35,7 @@ test: setup ## check style, workflow, pages and code
 	$(BIN)/mkdocs build --strict --quiet --site-dir .venv/site
 	$(PYTEST)
 
-test-all: setup ## run all tests, those too that take minutes or need other data
+test-all: setup ## run all tests, those too that take minutes
 	$(PYTEST) -m ""
 
 docs: setup ## write the generated pages, and show all of them on http://127.0.0.1:8000
