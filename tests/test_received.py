@@ -666,7 +666,7 @@ def test_memory_of_a_step_by_hand(own):
     few, many = images_of(3, 3), images_of(3, 3000)
     weights = 4 * (3 * 5 * 9 + 5 + 5 + 5)  # of the convolution, its bias, and of the normalisation
     step = 1.5 * sum(blocks) + 3 * weights + 4 * max(blocks)
-    sifting = 3000 * (4 * 8 * 5 + 4 * 2 * 256 + 8 * 3 * 50)  # layers, blocks of distances, lists of int64
+    sifting = 3003 * (4 * 8 * 5 + 4 * 2 * 256 + 8 * 3 * 50)  # layers, blocks of distances, lists of int64
     assert check.memory_needed(encoder, few, 10) == int(1.5 * few.pixels.nbytes + step)
     assert check.memory_needed(encoder, many, 10) == 1.5 * many.pixels.nbytes + sifting
 

@@ -90,9 +90,9 @@ def passes(
         rest = n - pool
         copied = epochs is None and pooling.guidance == "meta"
         trained += (pooling.epochs_meta if epochs is None else epochs) * pool + copied * rest
-        looked += (1 + copied) * rest
         if pooling.within_core and epochs:
             rest = max(0, int(sifting.majority * n) - pool)
+        looked += (1 + copied) * rest
         pool += min(rest, math.ceil(gamma * (n - pool if pooling.of_rest else n)))
     return trained + pooling.epochs_final * pool, looked
 
