@@ -188,6 +188,52 @@ def test_what_is_refused(path, value, message):
         validate(changed(path, value))
 
 
+OUT_OF_RANGE = {
+    "bootstrap": {"rho": 5, "lr": -1},
+    "sift": {"seed_share": 3},
+    "simclr": {"architecture": "resnet81", "epochs": 0},
+}
+
+
+def faults(config: dict) -> set[str]:
+    """The keys that one error names."""
+    with pytest.raises(InputError) as raised:
+        validate(config)
+    return {line.split(" ")[1].rstrip(":") for line in str(raised.value).splitlines()}
+
+
+def test_all_settings_that_are_wrong_are_named_at_once():
+    wrong = {f"methods.{method}.{key}" for method, values in OUT_OF_RANGE.items() for key in values}
+    assert len(wrong) == 5 and faults(CONFIG | {"methods": OUT_OF_RANGE}) == wrong
+    config = changed("datasets.signs.settings", {"train": 0, "seed": -1}) | {"methods": OUT_OF_RANGE}
+    config["datasets"]["signs"]["attacks"] = {"badnets": {"ratio": 1.0}}
+    config["variants"] = {
+        "late": {"defense": "tcore", "settings": {"bootstrap": {"rho": 1.1}}},
+        "best": {"defense": "ac", "settings": {"share": 2}, "selection": {"rule": "best", "share": -1}},
+        "sig_0": {"attack": "sig", "settings": {"ratio": -0.1}},
+    }
+    assert faults(config) == wrong | {
+        "datasets.signs.settings.signs.train",
+        "datasets.signs.settings.signs.seed",
+        "datasets.signs.attacks.badnets.ratio",
+        "variants.late.settings.bootstrap.rho",
+        "variants.best.ac.share",
+        "variants.best.selection.rule",
+        "variants.best.selection.share",
+        "variants.sig_0.sig.ratio",
+    }
+
+
+def test_an_architecture_may_be_from_elsewhere():
+    for name in ("vit", "timm:resnet26", "my_nets:Net"):
+        own = changed("methods.simclr.architecture", name)
+        assert validate(own)["methods"]["simclr"]["architecture"] == name
+    with pytest.raises(InputError, match=r"methods.moco.architecture.*did you mean 'resnet18'"):
+        validate(CONFIG | {"methods": {"moco": {"architecture": "resnet81"}}})
+    with pytest.raises(InputError, match=r"methods.simclr.architecture = 'a:b:c': <library or module>"):
+        validate(changed("methods.simclr.architecture", "a:b:c"))
+
+
 def test_equal_targets_are_fine_when_the_attackers_never_meet():
     validate(changed("datasets.signs.dataset_target", 0) | {"scenarios": ["T1", "T2", "T3"]})
 
@@ -227,7 +273,7 @@ def test_a_defence_is_a_variant_of_itself_and_takes_the_methods_settings():
         ({"defense": "abl", "part": "tail"}, "variants.mine.part.*tail.*known: head, all"),
         ({"defense": "spectral", "part": "all"}, "variants.mine.part: spectral trains no network"),
         ({"defense": "spectral", "oracle": "yes"}, "variants.mine.oracle = 'yes'"),
-        ({"defense": "spectral", "selection": {"rule": "best"}}, "selection.rule.*known: native, budget"),
+        ({"defense": "spectral", "selection": {"rule": "best"}}, "selection.rule.*one of native, budget"),
         ({"defense": "spectral", "selection": {"share": "1"}}, "selection.share.*type float"),
         ("spectral", "variants.mine should be a mapping"),
     ],

@@ -3,12 +3,14 @@
 import dataclasses
 import importlib
 import inspect
+import math
 from collections import Counter
 
 import pytest
 
 from tcore.experiment import registry, settings
-from tcore.experiment.settings import FAMILIES, fields, methods, resolve
+from tcore.experiment.config import SELECTION
+from tcore.experiment.settings import FAMILIES, Field, fields, methods, resolve
 from tcore.files import InputError
 
 EVERY = [(method, field) for method, path in methods().items() for field in fields(path).values()]
@@ -28,6 +30,88 @@ def test_what_is_read_from_the_source_is_what_python_makes_of_it(method):
     }
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(made, dataclasses.fields(made)[0].name, None)
+
+
+def test_every_number_states_its_range_and_every_default_is_in_it():
+    every = [*EVERY, *(("_selection", field) for field in fields(SELECTION).values())]
+    numbers = [(method, field) for method, field in every if "int" in field.type or "float" in field.type]
+    assert len(numbers) > 200
+    assert [f"{method}.{field.name}: {field.text}" for method, field in numbers if not field.interval] == []
+    assert [f"{method}.{field.name}" for method, field in every if field.fault(field.default)] == []
+
+
+@pytest.mark.parametrize(
+    ("place", "constant", "used"),
+    [
+        ("stages/sift", "RULES", {"sift": "rule"}),
+        ("stages/expand", "WRONG_LABELS", {"expand": "wrong_label"}),
+        ("stages/filter_channels", "RANKS", {"filter_channels": "rank"}),
+        ("stages/bootstrap", "GUIDANCE", {"bootstrap": "guidance"}),
+        ("defenses/abl", "KEPT_BY", {"abl": "kept_by"}),
+        ("defenses/spectre", "SUSPECTS", {"spectre": "suspects"}),
+        ("defenses/_training", "SCOPES", dict.fromkeys(("ft_sam", "i_bau", "clp"), "scope")),
+        ("defenses/_interface", "LAYERS", dict.fromkeys(("ac", "asset", "spectral", "spectre"), "layer")),
+        ("encoder_attacks/_unlabelled", "SOURCES", dict.fromkeys(("ctrl", "sslbackdoor"), "source")),
+    ],
+)
+def test_the_choices_are_those_of_the_code(place, constant, used):
+    known = settings.constants(registry.ROOT / f"{place}.py")[constant]
+    assert {method: fields(methods()[method])[key].choices for method, key in used.items()} == dict.fromkeys(
+        used, known
+    )
+
+
+def test_which_settings_have_choices():
+    """Those of the test above; other text is free. So a choice that is not in the notation is noticed."""
+    free = {"architecture", "reference_file", "image", "mark", "marks", "test_marks", "path", "classes"}
+    free |= {"image_column", "label_column", "split_column"}
+    text = {field.name: field.choices for _, field in EVERY if "str" in field.type}
+    assert {name for name, choices in text.items() if not choices} == free
+
+
+@pytest.mark.parametrize(
+    ("text", "inside", "outside"),
+    [
+        ("a share, in [0, 1] [paper]", [0, 0.5, 1], [-1e-9, 1 + 1e-9, math.nan, math.inf, -math.inf]),
+        ("a share, in (0, 1]", [1e-9, 1], [0, 1.5]),
+        ("a share, in [0, 1); 0: none", [0, 0.999], [1, -0.1]),
+        ("a share, in (0, 1)", [0.5], [0, 1]),
+        ("a rate, in (0, inf) [code]", [1e-9, 1e30], [0, math.inf, math.nan]),
+        ("in [-1, 1e-3]", [-1, 1e-3], [-1.1, 2e-3]),
+        ("anything, in (-inf, inf)", [-1e30, 0], [math.inf, -math.inf, math.nan]),
+        ("in 1/255, nothing said [T-Core, table 12: 4, 8]", [-7, 7], [math.inf, math.nan]),
+    ],
+)
+def test_the_ends_of_an_interval(text, inside, outside):
+    field = Field("x", "float", 0.5, text)
+    assert [value for value in inside if field.fault(value)] == []
+    assert [value for value in outside if not field.fault(value)] == []
+    listed = Field("x", "tuple[float, ...]", (), text)
+    assert not listed.fault(inside) and listed.fault([*inside, outside[0]]) and not listed.fault(())
+
+
+def test_an_interval_is_shown_as_it_is_written():
+    for method, field in EVERY:
+        assert field.interval is None or f"in {field.interval}" in field.text, f"{method}.{field.name}"
+
+
+def test_choices_end_where_the_list_ends():
+    field = Field("x", "str", "a", "what is cut, one of a, b_2, c: one, or two, or three [paper: a]")
+    assert field.choices == ("a", "b_2", "c")
+    assert not field.fault("b_2") and field.fault("one") == "one of a, b_2, c"
+    assert Field("x", "int", 1, "one of a, b").choices == ()
+
+
+def test_all_that_is_wrong_is_named_at_once():
+    with pytest.raises(InputError) as raised:
+        resolve("bootstrap", {"rho": 5, "epochs": 1, "lr": math.nan, "epoch": 3, "batch": "8"})
+    assert str(raised.value).splitlines() == [
+        "config: methods.bootstrap.rho = 5 should be in [0, 1]",
+        "config: methods.bootstrap.lr = nan should be in (0, inf)",
+        "config: methods.bootstrap.epoch is not a setting: did you mean 'epochs'? known: "
+        + ", ".join(fields(methods()["bootstrap"])),
+        "config: methods.bootstrap.batch = '8' should be of type int",
+    ]
 
 
 @pytest.mark.parametrize(("method", "field"), EVERY, ids=[f"{m}.{f.name}" for m, f in EVERY])
@@ -97,7 +181,12 @@ def test_overrides_replace_defaults_and_nothing_else():
         ("head", "normalize", 1, "should be of type bool"),
         ("head", "hidden", [8, 4.5], r"should be of type tuple\[int, int\]"),
         ("head", "hidden", 8, r"should be of type tuple\[int, int\]"),
+        ("head", "hidden", [8], r"should be of type tuple\[int, int\]"),
         ("badencoder", "size", "8", r"should be of type int \| None"),
+        ("badencoder", "size", 0, r"methods\.badencoder\.size = 0 should be in \[1, inf\)"),
+        ("head", "hidden", [8, 0], r"methods\.head\.hidden = \[8, 0\] should be in \[1, inf\)"),
+        ("sift", "depths", [0.5, 1], r"methods\.sift\.depths = \[0\.5, 1\] should be in \[0, 1\)"),
+        ("sift", "rule", "best", r"methods\.sift\.rule = 'best' should be one of invariance, random"),
     ],
 )
 def test_overrides_that_do_not_fit_are_named(method, key, value, message):

@@ -28,15 +28,15 @@ OWNER = ("dataset_attacks", "adap_blend")
 
 @dataclass(frozen=True)
 class Settings:
-    ratio: float | None = 0.2  # share of poisons in the target class after poisoning [T-Core, 5.1]
-    rate: float | None = None  # instead of ratio (then null): share of poisons in the whole set
-    poisons: int | None = None  # instead of ratio (then null): number of poisons
-    cover: float = 0.25  # covers per poison [T-Core, App. B.3; Adap-Blend: 1]
-    opacity: float = 0.15  # of the picture in training, in steps of 0.001 [Adap-Blend]
-    test_opacity: float = 0.2  # of the picture at test time, in steps of 0.001 [Adap-Blend]
-    blocks: int = 4  # blocks along each side [Adap-Blend]
-    visible: int = 8  # blocks that a training image shows [Adap-Blend]
-    pattern_seed: int = 0  # which colour field is drawn [ours]
+    ratio: float | None = 0.2  # share of poisons in the target class after poisoning, in [0, 1) [T-Core, 5.1]
+    rate: float | None = None  # instead of ratio (then null): share of poisons in the whole set, in [0, 1)
+    poisons: int | None = None  # instead of ratio (then null): number of poisons, in [0, inf)
+    cover: float = 0.25  # covers per poison, in [0, inf) [T-Core, App. B.3; Adap-Blend: 1]
+    opacity: float = 0.15  # of the picture in training, in steps of 0.001, in [0, 1] [Adap-Blend]
+    test_opacity: float = 0.2  # of the picture at test time, in steps of 0.001, in [0, 1] [Adap-Blend]
+    blocks: int = 4  # blocks along each side, in [1, inf) [Adap-Blend]
+    visible: int = 8  # blocks that a training image shows, in [0, inf) [Adap-Blend]
+    pattern_seed: int = 0  # which colour field is drawn, in [0, inf) [ours]
     image: str | None = None  # path of a picture to blend in instead of the drawn one [ours]
 
 

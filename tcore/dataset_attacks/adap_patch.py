@@ -29,22 +29,22 @@ OWNER = ("dataset_attacks", "adap_patch")
 
 @dataclass(frozen=True)
 class Settings:
-    ratio: float | None = 0.2  # share of poisons in the target class after poisoning [T-Core, 5.1]
-    rate: float | None = None  # instead of ratio (then null): share of poisons in the whole set
-    poisons: int | None = None  # instead of ratio (then null): number of poisons
-    cover: float = 0.25  # covers per poison [T-Core, App. B.3; Adap-Patch: 2]
+    ratio: float | None = 0.2  # share of poisons in the target class after poisoning, in [0, 1) [T-Core, 5.1]
+    rate: float | None = None  # instead of ratio (then null): share of poisons in the whole set, in [0, 1)
+    poisons: int | None = None  # instead of ratio (then null): number of poisons, in [0, inf)
+    cover: float = 0.25  # covers per poison, in [0, inf) [T-Core, App. B.3; Adap-Patch: 2]
     marks: tuple[str, ...] = (
         "block",
         "disc",
         "checkers",
         "square",
     )  # drawn (tcore/poisoning/marks.py), or pictures' paths
-    opacities: tuple[float, ...] = (0.5, 0.2, 0.5, 0.3)  # of the marks in training [Adap-Patch]
+    opacities: tuple[float, ...] = (0.5, 0.2, 0.5, 0.3)  # of the marks in training, in [0, 1] [Adap-Patch]
     test_marks: tuple[str, ...] = (
         "blocks",
         "checkers",
     )  # pasted in this order [backdoor-toolbox]
-    test_opacity: float = 1.0  # of the test marks [Adap-Patch]
+    test_opacity: float = 1.0  # of the test marks, in [0, 1] [Adap-Patch]
 
 
 def _stack(names: tuple[str, ...], opacities: tuple[float, ...], height: int, width: int) -> Trigger:

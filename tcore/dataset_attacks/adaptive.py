@@ -16,9 +16,9 @@ TOLD = "encoder_trigger"
 
 @dataclass(frozen=True)
 class Settings:
-    ratio: float | None = 0.2  # share of poisons in the target class after poisoning [T-Core, 5.1]
-    rate: float | None = None  # instead of ratio (then null): share of poisons in the whole set
-    poisons: int | None = None  # instead of ratio (then null): number of poisons
+    ratio: float | None = 0.2  # share of poisons in the target class after poisoning, in [0, 1) [T-Core, 5.1]
+    rate: float | None = None  # instead of ratio (then null): share of poisons in the whole set, in [0, 1)
+    poisons: int | None = None  # instead of ratio (then null): number of poisons, in [0, inf)
 
 
 def poison(

@@ -26,11 +26,11 @@ CELLS = torch.tensor([[0, 0, 255], [0, 255, 0], [255, 0, 255]], dtype=torch.uint
 
 @dataclass(frozen=True)
 class Settings:
-    ratio: float | None = 0.2  # share of poisons in the target class after poisoning [T-Core, 5.1]
-    rate: float | None = None  # instead of ratio (then null): share of poisons in the whole set
-    poisons: int | None = None  # instead of ratio (then null): number of poisons
-    size: int = 3  # side of the patch, at least 3, per 32 pixels of image side [backdoor-toolbox]
-    opacity: float = 1.0  # of the patch, in steps of 0.001 [backdoor-toolbox]
+    ratio: float | None = 0.2  # share of poisons in the target class after poisoning, in [0, 1) [T-Core, 5.1]
+    rate: float | None = None  # instead of ratio (then null): share of poisons in the whole set, in [0, 1)
+    poisons: int | None = None  # instead of ratio (then null): number of poisons, in [0, inf)
+    size: int = 3  # side of the patch per 32 pixels of image side, in [3, inf) [backdoor-toolbox]
+    opacity: float = 1.0  # of the patch, in steps of 0.001, in [0, 1] [backdoor-toolbox]
     all_to_all: bool = False  # true: every label moves to the next class, the target is not used
 
 

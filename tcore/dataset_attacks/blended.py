@@ -21,11 +21,11 @@ OWNER = ("dataset_attacks", "blended")
 
 @dataclass(frozen=True)
 class Settings:
-    ratio: float | None = 0.2  # share of poisons in the target class after poisoning [T-Core, 5.1]
-    rate: float | None = None  # instead of ratio (then null): share of poisons in the whole set
-    poisons: int | None = None  # instead of ratio (then null): number of poisons
-    opacity: float = 0.2  # of the picture, in steps of 0.001 [backdoor-toolbox]
-    pattern_seed: int = 0  # which colour field is drawn [ours]
+    ratio: float | None = 0.2  # share of poisons in the target class after poisoning, in [0, 1) [T-Core, 5.1]
+    rate: float | None = None  # instead of ratio (then null): share of poisons in the whole set, in [0, 1)
+    poisons: int | None = None  # instead of ratio (then null): number of poisons, in [0, inf)
+    opacity: float = 0.2  # of the picture, in steps of 0.001, in [0, 1] [backdoor-toolbox]
+    pattern_seed: int = 0  # which colour field is drawn, in [0, inf) [ours]
     image: str | None = None  # path of a picture to blend in instead of the drawn one [ours]
 
 

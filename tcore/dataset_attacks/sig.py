@@ -25,11 +25,11 @@ OWNER = ("dataset_attacks", "sig")
 
 @dataclass(frozen=True)
 class Settings:
-    ratio: float | None = 0.2  # share of poisons in the target class [T-Core, 5.1]
-    rate: float | None = None  # instead of ratio (then null): share of poisons in the whole set
-    poisons: int | None = None  # instead of ratio (then null): number of poisons
-    delta: float = 30.0  # height of the wave in grey levels [backdoor-toolbox]
-    frequency: float = 6.0  # waves across the image's width [backdoor-toolbox]
+    ratio: float | None = 0.2  # share of poisons in the target class, in [0, 1) [T-Core, 5.1]
+    rate: float | None = None  # instead of ratio (then null): share of poisons in the whole set, in [0, 1)
+    poisons: int | None = None  # instead of ratio (then null): number of poisons, in [0, inf)
+    delta: float = 30.0  # height of the wave in grey levels, in [0, 255] [backdoor-toolbox]
+    frequency: float = 6.0  # waves across the image's width, in (0, inf) [backdoor-toolbox]
 
 
 def make_trigger(height: int, width: int, settings: Settings) -> Trigger:

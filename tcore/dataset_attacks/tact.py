@@ -27,15 +27,15 @@ OWNER = ("dataset_attacks", "tact")
 
 @dataclass(frozen=True)
 class Settings:
-    ratio: float | None = 0.2  # share of poisons in the target class after poisoning [T-Core, 5.1]
-    rate: float | None = None  # instead of ratio (then null): share of poisons in the whole set
-    poisons: int | None = None  # instead of ratio (then null): number of poisons
-    cover: float = 0.25  # covers per poison [T-Core, App. B.3; TaCT: 1]
-    sources: tuple[int, ...] = (9,)  # classes that become the target [T-Core, App. B.3: CIFAR-10, truck]
-    cover_classes: tuple[int, ...] = (5, 6, 7)  # classes of the covers, together [T-Core: dog, frog, horse]
-    target: int | None = None  # instead of the data set's target [T-Core, App. B.3: GTSRB]
+    ratio: float | None = 0.2  # share of poisons in the target class after poisoning, in [0, 1) [T-Core, 5.1]
+    rate: float | None = None  # instead of ratio (then null): share of poisons in the whole set, in [0, 1)
+    poisons: int | None = None  # instead of ratio (then null): number of poisons, in [0, inf)
+    cover: float = 0.25  # covers per poison, in [0, inf) [T-Core, App. B.3; TaCT: 1]
+    sources: tuple[int, ...] = (9,)  # classes that become the target, in [0, inf) [T-Core, App. B.3: truck]
+    cover_classes: tuple[int, ...] = (5, 6, 7)  # classes of covers, in [0, inf) [T-Core: dog, frog, horse]
+    target: int | None = None  # instead of the data set's target, in [0, inf) [T-Core, App. B.3: GTSRB]
     mark: str = "square"  # a drawn mark (tcore/poisoning/marks.py) or the path of a picture [ours]
-    opacity: float = 1.0  # of the mark, in steps of 0.001 [backdoor-toolbox]
+    opacity: float = 1.0  # of the mark, in steps of 0.001, in [0, 1] [backdoor-toolbox]
 
 
 def make_trigger(height: int, width: int, settings: Settings) -> Trigger:

@@ -43,13 +43,13 @@ TOLD = "encoder"
 
 @dataclass(frozen=True)
 class Settings:
-    ratio: float | None = 0.2  # share of poisons in the target class after poisoning [open; T-Core's usual]
-    rate: float | None = None  # instead of ratio (then null): share of poisons in the whole set
-    poisons: int | None = None  # instead of ratio (then null): number of poisons
-    eps: int = 8  # largest change of a pixel, in 1/255 [T-Core, table 12: 4, 8, 12, 16]
-    step: float = 0.1  # of the search, as a share of eps [open]
-    passes: int = 5  # of the search over the images of other classes [open]
-    batch: int = 128  # images a step of the search [open]
+    ratio: float | None = 0.2  # share of poisons in the target class, in [0, 1) [open; T-Core's usual]
+    rate: float | None = None  # instead of ratio (then null): share of poisons in the whole set, in [0, 1)
+    poisons: int | None = None  # instead of ratio (then null): number of poisons, in [0, inf)
+    eps: int = 8  # largest change of a pixel, in 1/255, in [1, 255] [T-Core, table 12: 4, 8, 12, 16]
+    step: float = 0.1  # of the search, as a share of eps, in (0, inf) [open]
+    passes: int = 5  # of the search over the images of other classes, in [1, inf) [open]
+    batch: int = 128  # images a step of the search, in [1, inf) [open]
 
 
 def stamp(images: Tensor, trigger: Trigger) -> Tensor:

@@ -37,12 +37,12 @@ UNIT = 2**16  # places per pixel
 
 @dataclass(frozen=True)
 class Settings:
-    ratio: float | None = 0.2  # share of poisons in the target class after poisoning [T-Core, 5.1]
-    rate: float | None = None  # instead of ratio (then null): share of poisons in the whole set
-    poisons: int | None = None  # instead of ratio (then null): number of poisons
-    cover: float = 0.25  # covers per poison [T-Core, App. B.3; WaNet: 2]
-    points: int = 4  # k, control points along each side [WaNet]
-    strength: float = 0.5  # s [WaNet]
+    ratio: float | None = 0.2  # share of poisons in the target class after poisoning, in [0, 1) [T-Core, 5.1]
+    rate: float | None = None  # instead of ratio (then null): share of poisons in the whole set, in [0, 1)
+    poisons: int | None = None  # instead of ratio (then null): number of poisons, in [0, inf)
+    cover: float = 0.25  # covers per poison, in [0, inf) [T-Core, App. B.3; WaNet: 2]
+    points: int = 4  # k, control points along each side, in [2, inf) [WaNet]
+    strength: float = 0.5  # s, in [0, inf) [WaNet]
 
 
 def make_trigger(height: int, width: int, settings: Settings, seed: int) -> Trigger:

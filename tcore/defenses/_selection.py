@@ -10,13 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-RULES = ("native", "budget", "cleanest")
-
 
 @dataclass(frozen=True)
 class Settings:
-    rule: str = "native"  # native: the method's own; budget: drop the worst; cleanest: keep the best
-    share: float = 0.01  # how much `budget` drops or `cleanest` keeps, of all or of each class
+    rule: str = "native"  # one of native, budget, cleanest: the method's own, drop the worst, keep the best
+    share: float = 0.01  # how much `budget` drops or `cleanest` keeps, of all or of each class, in [0, 1]
     per_class: bool = True  # whether shares are taken of each class
 
 

@@ -55,17 +55,17 @@ KEPT_BY = ("ascent", "flooding")
 
 @dataclass(frozen=True)
 class Settings:
-    isolate: float = 0.01  # share of all samples that is isolated [paper]
-    kept_by: str = "flooding"  # how isolation keeps the loss at gamma: ascent or flooding [released code]
-    gamma: float = 0.5  # the level of the loss in isolation [released code]
-    isolation_epochs: int = 10  # passes before isolation [released code; paper: 20]
-    epochs: int = 60  # passes over the rest, rate / 10 after two thirds [released code]
-    unlearn_epochs: int = 4  # passes over the isolated samples [released code]
-    lr: float = 0.1  # SGD's rate, momentum 0.9 [released code]
-    unlearn_lr: float = 5e-4  # SGD's rate in unlearning [released code]
-    weight_decay: float = 1e-4  # of SGD [released code]
-    batch: int = 128  # samples a step [released code]
-    shift: float = 0.125  # random shift of images in phase 2, as a share of their side [released code]
+    isolate: float = 0.01  # share of all samples that is isolated, in [0, 1) [paper]
+    kept_by: str = "flooding"  # what keeps isolation's loss at gamma, one of ascent, flooding [released code]
+    gamma: float = 0.5  # the level of the loss in isolation, in [0, inf) [released code]
+    isolation_epochs: int = 10  # passes before isolation, in [1, inf) [released code; paper: 20]
+    epochs: int = 60  # passes over the rest, rate / 10 after two thirds, in [1, inf) [released code]
+    unlearn_epochs: int = 4  # passes over the isolated samples, in [1, inf) [released code]
+    lr: float = 0.1  # SGD's rate, momentum 0.9, in (0, inf) [released code]
+    unlearn_lr: float = 5e-4  # SGD's rate in unlearning, in (0, inf) [released code]
+    weight_decay: float = 1e-4  # of SGD, in [0, inf) [released code]
+    batch: int = 128  # samples a step, in [1, inf) [released code]
+    shift: float = 0.125  # random shift in phase 2, as a share of the images' side, in [0, 1] [released code]
     flip: bool = True  # whether images are mirrored by chance in phase 2 [released code]
 
 

@@ -31,10 +31,10 @@ ORACLE = ()
 
 @dataclass(frozen=True)
 class Settings:
-    dimensions: int = 10  # singular directions kept [code]
-    share: float = 0.35  # a cluster of this share of its class or more is not flagged [code]
-    layer: str = "penultimate"  # encoder, hidden or penultimate: whose activations are clustered [paper]
-    starts: int = 10  # k-means runs from so many starts and takes the best [open]
+    dimensions: int = 10  # singular directions kept, in [1, inf) [code]
+    share: float = 0.35  # a cluster of this share of its class or more is not flagged, in [0, 1] [code]
+    layer: str = "penultimate"  # whose activations are clustered, one of encoder, hidden, penultimate [paper]
+    starts: int = 10  # k-means runs from so many starts and takes the best, in [1, inf) [open]
 
 
 def margin(points: Tensor, starts: int, seed: int) -> Tensor:

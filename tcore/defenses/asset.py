@@ -47,15 +47,15 @@ TRAINS = True
 
 @dataclass(frozen=True)
 class Settings:
-    epochs: int = 1  # passes over D [code]
-    batch: int = 512  # samples of either kind a step [code]
-    lr: float = 1e-4  # Adam's rate of f, both directions [code]
-    inner_steps: int = 100  # steps of V, alternating between D and clean [code]
-    inner_lr: float = 1e-4  # Adam's rate of V [code]
-    hidden: int = 128  # width of V's two hidden layers [code]
-    outlyingness: float = 2.0  # above it a sample is pushed to a high loss [code]
-    layer: str = "penultimate"  # encoder, hidden or penultimate: what V sees [code: before the head]
-    level: float = 1e-6  # density at which the threshold stands [code]
+    epochs: int = 1  # passes over D, in [1, inf) [code]
+    batch: int = 512  # samples of either kind a step, in [1, inf) [code]
+    lr: float = 1e-4  # Adam's rate of f, both directions, in (0, inf) [code]
+    inner_steps: int = 100  # steps of V, alternating between D and clean, in [1, inf) [code]
+    inner_lr: float = 1e-4  # Adam's rate of V, in (0, inf) [code]
+    hidden: int = 128  # width of V's two hidden layers, in [1, inf) [code]
+    outlyingness: float = 2.0  # above it a sample is pushed to a high loss, in [0, inf) [code]
+    layer: str = "penultimate"  # what V sees, one of encoder, hidden, penultimate [code: before the head]
+    level: float = 1e-6  # density at which the threshold stands, in (0, inf) [code]
     released_cut: bool = False  # the threshold formula as released [open]
 
 

@@ -45,14 +45,14 @@ TRAINS = True
 
 @dataclass(frozen=True)
 class Settings:
-    backdoor_epochs: int = 5  # passes of f_b [released code]
-    epochs: int = 100  # passes of f_c; its rate falls by 10 after 0.2 and 0.7 of them [released code]
-    lr: float = 0.1  # SGD's rate at its peak, Nesterov momentum 0.9 [released code]
-    weight_decay: float = 1e-4  # of SGD [released code]
-    batch: int = 64  # samples a step [released code]
-    mi: float = 0.0  # weight of I(r; z); 0: no critic [released code; paper: 0.01]
-    critic_lr: float = 0.2  # Adam's rate for the critic, / 10 every 20 epochs [released code]
-    shift: float = 0.125  # random shift of images, as a share of their side [released code]
+    backdoor_epochs: int = 5  # passes of f_b, in [1, inf) [released code]
+    epochs: int = 100  # passes of f_c, in [1, inf); rate / 10 after 0.2 and 0.7 of them [released code]
+    lr: float = 0.1  # SGD's rate at its peak, Nesterov momentum 0.9, in (0, inf) [released code]
+    weight_decay: float = 1e-4  # of SGD, in [0, inf) [released code]
+    batch: int = 64  # samples a step, in [1, inf) [released code]
+    mi: float = 0.0  # weight of I(r; z), in [0, inf); 0: no critic [released code; paper: 0.01]
+    critic_lr: float = 0.2  # Adam's rate for the critic, / 10 every 20 epochs, in (0, inf) [released code]
+    shift: float = 0.125  # random shift of images, as a share of their side, in [0, 1] [released code]
     flip: bool = True  # whether images are mirrored by chance [released code]
 
 

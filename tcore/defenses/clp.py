@@ -43,8 +43,8 @@ ORACLE = ()
 
 @dataclass(frozen=True)
 class Settings:
-    u: float = 3.0  # channels above mean + u std of their layer are pruned [released code]
-    scope: str = "both"  # encoder: convolutions; head: hidden linear layers; both [paper: encoder]
+    u: float = 3.0  # channels above mean + u std of their layer are pruned, in [0, inf) [released code]
+    scope: str = "both"  # one of encoder, head, both: convolutions, hidden linear layers [paper: encoder]
 
 
 def outstanding(bounds: Tensor, u: float) -> Tensor:

@@ -46,17 +46,17 @@ TRAINS = True
 
 @dataclass(frozen=True)
 class Settings:
-    ratios: tuple[float, ...] = (0.5, 0.2, 0.04, 0.02, 0.01)  # q, shares of D that rounds leave [code]
-    epochs: tuple[int, ...] = (100, 100, 40, 40, 40, 40)  # training passes, by round [code]
-    steps: tuple[int, ...] = (6000, 6000, 6000, 6000, 2000, 2000)  # confusion steps, by round [code]
-    weights: tuple[float, ...] = (20.0, 20.0, 20.0, 30.0, 30.0, 15.0)  # lambda, by round [code]
-    confusion_lr: tuple[float, ...] = (1e-3, 1e-3, 1e-3, 1e-2, 1e-2, 1e-2)  # SGD's rate, by round [code]
-    confusion_momentum: float = 0.7  # SGD's momentum in confusion [code]
-    every: int = 2  # a batch of S_r joins every so many confusion steps [code]
-    lr: float = 1e-2  # SGD's rate in training, momentum 0.9, weight decay 1e-4 [code]
-    batch: int = 32  # samples of either kind a step [code]
-    ratio_sure: float = 2.0  # likelihood ratio from which a class is flagged [code]
-    ratio_top: float = 1.5  # ... for the class with the largest ratio [code]
+    ratios: tuple[float, ...] = (0.5, 0.2, 0.04, 0.02, 0.01)  # q, share of D left by rounds, in (0, 1] [code]
+    epochs: tuple[int, ...] = (100, 100, 40, 40, 40, 40)  # training passes, by round, in [0, inf) [code]
+    steps: tuple[int, ...] = (6000, 6000, 6000, 6000, 2000, 2000)  # in confusion by round, in [0, inf) [code]
+    weights: tuple[float, ...] = (20.0, 20.0, 20.0, 30.0, 30.0, 15.0)  # lambda, by round, in [1, inf) [code]
+    confusion_lr: tuple[float, ...] = (1e-3, 1e-3, 1e-3, 1e-2, 1e-2, 1e-2)  # each round's, in (0, inf) [code]
+    confusion_momentum: float = 0.7  # SGD's momentum in confusion, in [0, 1) [code]
+    every: int = 2  # a batch of S_r joins every so many confusion steps, in [1, inf) [code]
+    lr: float = 1e-2  # SGD's rate in training, momentum 0.9, weight decay 1e-4, in (0, inf) [code]
+    batch: int = 32  # samples of either kind a step, in [1, inf) [code]
+    ratio_sure: float = 2.0  # likelihood ratio from which a class is flagged, in [0, inf) [code]
+    ratio_top: float = 1.5  # ... for the class with the largest ratio, in [0, inf) [code]
 
 
 def wrong_labels(predictions: Tensor, shift: int, classes: int) -> Tensor:

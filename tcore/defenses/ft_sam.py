@@ -42,15 +42,15 @@ ORACLE = ()
 
 @dataclass(frozen=True)
 class Settings:
-    scope: str = "head"  # what is fine-tuned: encoder, head or both [paper: both; T-Core: head]
-    rho: float = 2.0  # radius of the ascent [BackdoorBench]
-    epochs: int = 100  # passes over the trusted samples [BackdoorBench]
-    lr: float = 0.01  # SGD's rate at its peak [BackdoorBench]
-    momentum: float = 0.9  # of SGD [BackdoorBench]
-    weight_decay: float = 5e-4  # of SGD [BackdoorBench]
-    batch: int = 256  # samples a step [BackdoorBench]
-    smoothing: float = 0.1  # s, what labels leave to the other classes [BackdoorBench]
-    shift: float = 0.125  # random shift of images, as a share of their side [BackdoorBench]
+    scope: str = "head"  # what is fine-tuned, one of encoder, head, both [paper: both; T-Core: head]
+    rho: float = 2.0  # radius of the ascent, in [0, inf) [BackdoorBench]
+    epochs: int = 100  # passes over the trusted samples, in [1, inf) [BackdoorBench]
+    lr: float = 0.01  # SGD's rate at its peak, in (0, inf) [BackdoorBench]
+    momentum: float = 0.9  # of SGD, in [0, 1) [BackdoorBench]
+    weight_decay: float = 5e-4  # of SGD, in [0, inf) [BackdoorBench]
+    batch: int = 256  # samples a step, in [1, inf) [BackdoorBench]
+    smoothing: float = 0.1  # s, what labels leave to the other classes, in [0, 1) [BackdoorBench]
+    shift: float = 0.125  # random shift of images, as a share of their side, in [0, 1] [BackdoorBench]
     flip: bool = True  # whether images are mirrored by chance [BackdoorBench: not for signs]
 
 

@@ -43,15 +43,15 @@ ORACLE = ()
 
 @dataclass(frozen=True)
 class Settings:
-    scope: str = "head"  # theta: encoder, head or both [paper: both; T-Core: head]
-    rounds: int = 5  # alternations of (i) and (ii) [released code]
-    lr: float = 1e-3  # Adam's rate for theta [released code]
-    batch: int = 100  # images a step [released code]
-    inner_lr: float = 10.0  # SGD's rate for delta [released code]
-    penalty: float = 0.001  # c, weight of |delta|^2 [released code]
-    fixed_point_lr: float = 0.1  # a of the fixed-point map [released code]
-    fixed_point_steps: int = 5  # K, terms of the hypergradient's series [released code]
-    portion: float = 0.01  # share of a batch's images that carry delta in the outer loss [released code]
+    scope: str = "head"  # theta, one of encoder, head, both [paper: both; T-Core: head]
+    rounds: int = 5  # alternations of (i) and (ii), in [1, inf) [released code]
+    lr: float = 1e-3  # Adam's rate for theta, in (0, inf) [released code]
+    batch: int = 100  # images a step, in [1, inf) [released code]
+    inner_lr: float = 10.0  # SGD's rate for delta, in (0, inf) [released code]
+    penalty: float = 0.001  # c, weight of |delta|^2, in [0, inf) [released code]
+    fixed_point_lr: float = 0.1  # a of the fixed-point map, in (0, inf) [released code]
+    fixed_point_steps: int = 5  # K, terms of the hypergradient's series, in [0, inf) [released code]
+    portion: float = 0.01  # share of a batch that carries delta in the outer loss, in (0, 1] [released code]
 
 
 def hypergradient(

@@ -32,10 +32,10 @@ INPUTS = True
 
 @dataclass(frozen=True)
 class Settings:
-    omega: float = 1.5  # factor of scale and shift [paper]
-    models: int = 5  # n, amplified copies that vote [paper]
-    xi: float = 0.6  # error on clean samples at which amplifying starts [paper]
-    threshold: float = 0.9  # flagged from this PSC on [paper]
+    omega: float = 1.5  # factor of scale and shift, in [0, inf) [paper]
+    models: int = 5  # n, amplified copies that vote, in [1, inf) [paper]
+    xi: float = 0.6  # error on clean samples at which amplifying starts, in [0, 1] [paper]
+    threshold: float = 0.9  # flagged from this PSC on, in [0, 1] [paper]
 
 
 def norms(model: nn.Module) -> list[nn.BatchNorm2d]:

@@ -46,14 +46,14 @@ TRAINS = True
 
 @dataclass(frozen=True)
 class Settings:
-    sifters: int = 5  # networks that vote [paper]
-    warmup_epochs: int = 1  # plain training first [paper]
-    epochs: int = 1  # passes of the two levels [paper]
-    batch: int = 128  # samples a step [code]
-    lr: float = 1e-4  # AdamW's rate, 2.5e-5 per 32 samples [code]
-    meta_step: float = 0.1  # the step to theta' [code]
-    v_lr: float = 5e-4  # SGD's rate of V [code]
-    keep: float = 0.02  # share of each class called clean [paper: 1,000 of 50,000]
+    sifters: int = 5  # networks that vote, in [1, inf) [paper]
+    warmup_epochs: int = 1  # plain training first, in [0, inf) [paper]
+    epochs: int = 1  # passes of the two levels, in [1, inf) [paper]
+    batch: int = 128  # samples a step, in [1, inf) [code]
+    lr: float = 1e-4  # AdamW's rate, 2.5e-5 per 32 samples, in (0, inf) [code]
+    meta_step: float = 0.1  # the step to theta', in [0, inf) [code]
+    v_lr: float = 5e-4  # SGD's rate of V, in (0, inf) [code]
+    keep: float = 0.02  # share of each class called clean, in (0, 1] [paper: 1,000 of 50,000]
 
 
 def norm(a: Tensor) -> Tensor:

@@ -33,9 +33,9 @@ TIE = 0.01  # weight of the confidence
 
 @dataclass(frozen=True)
 class Settings:
-    factors: tuple[int, ...] = (3, 5, 7, 9, 11)  # S, by which pixels are multiplied [paper]
-    threshold: float = 0.5  # flagged from this SPC on [code]
-    batch: int = 512  # images per forward pass
+    factors: tuple[int, ...] = (3, 5, 7, 9, 11)  # S, by which pixels are multiplied, in [1, inf) [paper]
+    threshold: float = 0.5  # flagged from this SPC on, in [0, 1] [code]
+    batch: int = 512  # images per forward pass, in [1, inf)
 
 
 @torch.no_grad()

@@ -32,10 +32,10 @@ ORACLE = ("poison_rate",)
 
 @dataclass(frozen=True)
 class Settings:
-    poison_rate: float = 0.01  # share of poisons in the whole set, a guess [code: on clean data]
-    layer: str = "penultimate"  # encoder, hidden or penultimate: whose activations are looked at [paper]
-    factor: float = 1.5  # samples dropped per poison expected [paper]
-    cap: float = 0.5  # a class loses no larger share than this [code]
+    poison_rate: float = 0.01  # share of poisons in the whole set, a guess, in [0, 1] [code: on clean data]
+    layer: str = "penultimate"  # whose activations are looked at, one of encoder, hidden, penultimate [paper]
+    factor: float = 1.5  # samples dropped per poison expected, in [0, inf) [paper]
+    cap: float = 0.5  # a class loses no larger share than this, in [0, 1] [code]
 
 
 def top_direction(centred: Tensor) -> Tensor:

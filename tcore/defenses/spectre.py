@@ -49,13 +49,13 @@ SUSPECTS = ("all", "median", "worst")
 
 @dataclass(frozen=True)
 class Settings:
-    poison_rate: float = 0.01  # share of poisons in the whole set, a guess [as spectral]
-    layer: str = "penultimate"  # encoder, hidden or penultimate: whose activations are looked at [open]
-    suspects: str = "all"  # classes that lose samples: all, median (above it) or worst [paper: the target]
-    dimensions: int = 100  # singular directions at most; k is a square up to it [code]
-    alpha: float = 4.0  # sharpness of the quantum entropy score [paper]
-    factor: float = 1.5  # samples dropped per poison expected [paper]
-    cap: float = 0.5  # a class loses no larger share than this [open]
+    poison_rate: float = 0.01  # share of poisons in the whole set, a guess, in [0, 1] [as spectral]
+    layer: str = "penultimate"  # whose activations are looked at, one of encoder, hidden, penultimate [open]
+    suspects: str = "all"  # classes that lose samples, one of all, median, worst [paper: the target]
+    dimensions: int = 100  # singular directions at most, in [1, inf); k is a square up to it [code]
+    alpha: float = 4.0  # sharpness of the quantum entropy score, in [0, inf) [paper]
+    factor: float = 1.5  # samples dropped per poison expected, in [0, inf) [paper]
+    cap: float = 0.5  # a class loses no larger share than this, in [0, 1] [open]
 
 
 def whitener(points: Tensor) -> Tensor:

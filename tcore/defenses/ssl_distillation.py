@@ -51,14 +51,14 @@ STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 @dataclass(frozen=True)
 class Settings:
-    teacher_epochs: int = 100  # SimCLR passes of the teacher; 0: as received [open]
-    warmup_epochs: int = 100  # SimCLR passes of the student; 0: from random weights [open]
-    epochs: int = 500  # passes of the distillation [released code]
-    attention: float = 1000.0  # weight of the attention loss [released code]
-    batch: int = 128  # images a step, two views each [released code]
-    lr: float = 1e-3  # Adam's rate at its peak [released code]
-    weight_decay: float = 1e-6  # Adam's L2 penalty [released code]
-    temperature: float = 0.5  # T of NT-Xent [released code]
+    teacher_epochs: int = 100  # SimCLR passes of the teacher, in [0, inf); 0: as received [open]
+    warmup_epochs: int = 100  # SimCLR passes of the student, in [0, inf); 0: from random weights [open]
+    epochs: int = 500  # passes of the distillation, in [1, inf) [released code]
+    attention: float = 1000.0  # weight of the attention loss, in [0, inf) [released code]
+    batch: int = 128  # images a step, two views each, in [2, inf) [released code]
+    lr: float = 1e-3  # Adam's rate at its peak, in (0, inf) [released code]
+    weight_decay: float = 1e-6  # Adam's L2 penalty, in [0, inf) [released code]
+    temperature: float = 0.5  # T of NT-Xent, in (0, inf) [released code]
 
 
 def attention(maps: Tensor) -> Tensor:

@@ -32,10 +32,10 @@ INPUTS = True
 
 @dataclass(frozen=True)
 class Settings:
-    overlays: int = 64  # images laid over each sample, fewer if there are fewer clean ones [code]
-    alpha: float = 0.5  # weight of the overlay [code]
-    fpr: float = 0.05  # share of clean samples that may be flagged; sets the threshold [code; T-Core]
-    batch: int = 512  # images per forward pass
+    overlays: int = 64  # images laid over each sample, fewer if fewer are clean, in [1, inf) [code]
+    alpha: float = 0.5  # weight of the overlay, in [0, inf) [code]
+    fpr: float = 0.05  # share of clean samples that may be flagged, in [0, 1]: the threshold [code; T-Core]
+    batch: int = 512  # images per forward pass, in [1, inf)
 
 
 def entropy(logits: Tensor) -> Tensor:

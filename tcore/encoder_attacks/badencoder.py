@@ -25,18 +25,18 @@ from tcore.poisoning.triggers import Trigger
 
 @dataclass(frozen=True)
 class Settings:
-    references: int = 1  # reference images of the target class [BadEncoder]
+    references: int = 1  # reference images of the target class, in [1, inf) [BadEncoder]
     reference_file: str | None = None  # .npz with `x` (R, H, W, 3); null: by centroids [ours]
-    shadow: int = 50_000  # shadow images, drawn from the pre-training set, at most [BadEncoder]
-    epochs: int = 200  # passes over the shadow images; 10 are too few [BadEncoder]
-    batch: int = 256  # shadow images a step [BadEncoder]
-    lr: float = 1e-3  # SGD's rate, constant; narrow encoders need 0.01 to 0.05 [BadEncoder]
-    momentum: float = 0.9  # of SGD [BadEncoder]
-    weight_decay: float = 5e-4  # of SGD [BadEncoder]
-    lambda1: float = 1.0  # weight of L1: references keep their feature [BadEncoder]
-    lambda2: float = 1.0  # weight of L2: clean images keep their feature [BadEncoder]
-    reference_augmentations: int = 16  # augmented copies of each reference a step [ours]
-    size: int | None = None  # side of the white square; null: 10 at 32 px, 50 at 224 px [BadEncoder]
+    shadow: int = 50_000  # shadow images, drawn from the pre-training set, at most, in [1, inf) [BadEncoder]
+    epochs: int = 200  # passes over the shadow images, in [1, inf); 10 are too few [BadEncoder]
+    batch: int = 256  # shadow images a step, in [1, inf) [BadEncoder]
+    lr: float = 1e-3  # SGD's rate, constant, in (0, inf); narrow encoders need 0.01 to 0.05 [BadEncoder]
+    momentum: float = 0.9  # of SGD, in [0, 1) [BadEncoder]
+    weight_decay: float = 5e-4  # of SGD, in [0, inf) [BadEncoder]
+    lambda1: float = 1.0  # weight of L1, in [0, inf): references keep their feature [BadEncoder]
+    lambda2: float = 1.0  # weight of L2, in [0, inf): clean images keep their feature [BadEncoder]
+    reference_augmentations: int = 16  # augmented copies of each reference a step, in [1, inf) [ours]
+    size: int | None = None  # the white square's side, in [1, inf); null: 10 at 32 px, 50 at 224 [BadEncoder]
 
 
 def make_trigger(height: int, width: int, settings: Settings, seed: int) -> Trigger:

@@ -45,14 +45,14 @@ __all__ = ["Settings", "make_trigger", "poison_images", "stamp"]
 
 @dataclass(frozen=True)
 class Settings:
-    references: int = 3  # reference images of the target class [CorruptEncoder]
+    references: int = 3  # reference images of the target class, in [1, inf) [CorruptEncoder]
     reference_file: str | None = None  # .npz with `x` (R, H, W, 3), `mask` (R, H, W); null: drawn [ours]
-    rate: float = 0.005  # added images as a share of the pre-training set [CorruptEncoder]
-    support: float = 0.0  # share of them without trigger; CorruptEncoder+: 0.2 [CorruptEncoder]
-    support_images: int = 5  # images of the target class beside the reference there [CorruptEncoder]
-    size: int | None = None  # side of the patch; null: 40 at 224 px, in proportion [CorruptEncoder]
-    place_test: tuple[float, float] = (0.25, 0.75)  # at test, as shares of each side [CorruptEncoder]
-    pattern_seed: int = 10  # which patch is drawn [ours]
+    rate: float = 0.005  # added images as a share of the pre-training set, in [0, inf) [CorruptEncoder]
+    support: float = 0.0  # share of them without trigger, in [0, 1]; CorruptEncoder+: 0.2 [CorruptEncoder]
+    support_images: int = 5  # images of the target class beside the reference, in [1, inf) [CorruptEncoder]
+    size: int | None = None  # patch's side, in [1, inf); null: 40 at 224 px, in proportion [CorruptEncoder]
+    place_test: tuple[float, float] = (0.25, 0.75)  # at test, shares of each side, in [0, 1] [CorruptEncoder]
+    pattern_seed: int = 10  # which patch is drawn, in [0, inf) [ours]
 
 
 def make_trigger(height: int, width: int, settings: Settings, seed: int) -> Trigger:

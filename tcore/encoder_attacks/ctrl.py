@@ -33,12 +33,12 @@ from tcore.poisoning.triggers import Trigger
 
 @dataclass(frozen=True)
 class Settings:
-    rate: float = 0.01  # poisons as a share of the pre-training set [CTRL]
-    source: str = "pretraining"  # of the poisons: pretraining (in place) or downstream (added) [ours]
-    window: int = 32  # side of the DCT's windows, which tile the image [CTRL]
-    bands: tuple[int, int] = (15, 31)  # b of the changed coefficients (b, b) [CTRL]
-    magnitude: float = 100.0  # added to them in training; CTRL's paper: 50 [CTRL's code]
-    magnitude_test: float = 100.0  # added to them at test time [CTRL]
+    rate: float = 0.01  # poisons as a share of the pre-training set, in [0, 1] [CTRL]
+    source: str = "pretraining"  # of the poisons, one of pretraining, downstream: in place or added [ours]
+    window: int = 32  # side of the DCT's windows, which tile the image, in [1, inf) [CTRL]
+    bands: tuple[int, int] = (15, 31)  # b of the changed coefficients (b, b), in [0, inf) [CTRL]
+    magnitude: float = 100.0  # added to them in training, in [0, inf); CTRL's paper: 50 [CTRL's code]
+    magnitude_test: float = 100.0  # added to them at test time, in [0, inf) [CTRL]
 
 
 def pattern(height: int, width: int, window: int, bands: tuple[int, int], magnitude: float) -> np.ndarray:

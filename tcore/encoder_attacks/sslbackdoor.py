@@ -31,12 +31,12 @@ __all__ = ["Settings", "make_trigger", "poison_images", "stamp"]
 
 @dataclass(frozen=True)
 class Settings:
-    share: float = 0.5  # share of the target class that is poisoned; released code: 1 [SSLBackdoor]
-    source: str = "pretraining"  # of the poisons: pretraining (in place) or downstream (added) [ours]
-    size: int | None = None  # side of the patch; null: 8 at 32 px, 50 at 224 px [SSLBackdoor]
-    place: tuple[float, float] = (0.25, 0.75)  # of the patch, as shares of each side [SSLBackdoor]
-    place_test: tuple[float, float] = (0.1, 0.9)  # the same at test [SSLBackdoor]
-    pattern_seed: int = 10  # which patch is drawn [ours]
+    share: float = 0.5  # share of the target class that is poisoned, in [0, 1]; its code: 1 [SSLBackdoor]
+    source: str = "pretraining"  # of the poisons, one of pretraining, downstream: in place or added [ours]
+    size: int | None = None  # side of the patch, in [1, inf); null: 8 at 32 px, 50 at 224 px [SSLBackdoor]
+    place: tuple[float, float] = (0.25, 0.75)  # of the patch, as shares of each side, in [0, 1] [SSLBackdoor]
+    place_test: tuple[float, float] = (0.1, 0.9)  # the same at test, in [0, 1] [SSLBackdoor]
+    pattern_seed: int = 10  # which patch is drawn, in [0, inf) [ours]
 
 
 def _side(height: int, width: int, settings: Settings) -> int:

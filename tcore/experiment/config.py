@@ -2,7 +2,8 @@
 
 import difflib
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tcore.experiment import grid, registry, settings
@@ -41,17 +42,20 @@ def validate(config: dict) -> dict:
     """`config` with every method's and data set's settings in full.
 
     Raises InputError, naming the key and the remedy, for anything unknown, missing, of the
-    wrong type or contradictory. What only the data can tell, such as a target class beyond
-    the last one, is left to the steps.
+    wrong type, out of range or contradictory; of settings, all that are wrong. What only the data
+    can tell, such as a target class beyond the last one, is left to the steps.
     """
     _mapping("config", config, KEYS, optional=OPTIONAL)
-    methods = _methods(config.get("methods") or {})
+    faults: list[str] = []
+    methods = _methods(config.get("methods") or {}, faults)
     trusted = _trusted("trusted", config.get("trusted") or {}, TRUSTED)
     variants, attack_variants = _split(config.get("variants") or {})
-    variants = _variants(variants, methods, trusted)
+    variants = _variants(variants, methods, trusted, faults)
     dataset_attacks = [name for name in registry.names("dataset_attacks") if name not in IMPLIED]
-    attack_variants = _attack_variants(attack_variants, dataset_attacks)
-    sets = _datasets(config["datasets"])
+    attack_variants = _attack_variants(attack_variants, dataset_attacks, faults)
+    sets = _datasets(config["datasets"], faults)
+    if faults:
+        raise InputError("\n".join(faults))
     encoders = _encoders(config.get("encoders") or {}, sets)
     encoder_attacks = [name for name in registry.names("encoder_attacks") if name not in IMPLIED]
     for position, pair in enumerate(_list("pairs", config["pairs"], dict)):
@@ -96,7 +100,7 @@ def validate(config: dict) -> dict:
     }
 
 
-def _datasets(datasets: dict) -> dict:
+def _datasets(datasets: dict, faults: list[str]) -> dict:
     if not isinstance(datasets, dict):
         raise InputError(f"config: datasets should map names to sources, not {datasets!r}")
     resolved = {}
@@ -112,8 +116,8 @@ def _datasets(datasets: dict) -> dict:
             _known(f"{where}.pretraining", entry["pretraining"], registry.names("pretraining"))
         overrides = entry.get("settings") or {}
         resolved[name] = entry | {
-            "settings": _resolve(entry["source"], overrides, f"{where}.settings"),
-            "attacks": _attacks(entry.get("attacks", {}), f"{where}.attacks"),
+            "settings": _resolve(entry["source"], overrides, f"{where}.settings", faults),
+            "attacks": _attacks(entry.get("attacks", {}), f"{where}.attacks", faults),
         }
     stands_for = [entry["stands_for"] for entry in datasets.values() if "stands_for" in entry]
     if twice := [name for name in stands_for if stands_for.count(name) > 1]:
@@ -194,19 +198,24 @@ def _received(where: str, pair: dict, encoders: dict, sets: dict) -> None:
         )
 
 
-def _attacks(attacks: dict, where: str) -> dict:
+def _attacks(attacks: dict, where: str, faults: list[str]) -> dict:
     """What differs, for one data set, from the settings of attacks on data sets; not filled up."""
     _mapping(where, attacks, (), optional=registry.names("dataset_attacks"))
     for name, overrides in attacks.items():
-        _resolve(name, overrides, where)
+        _resolve(name, overrides, where, faults)
     return attacks
 
 
-def _methods(methods: dict) -> dict:
+def _methods(methods: dict, faults: list[str]) -> dict:
     """The settings of all methods; those of data sources belong to a data set, not to a method."""
     known = [name for name in settings.methods() if name not in registry.names("data/sources")]
     _mapping("methods", methods, (), optional=known)
-    return {name: _resolve(name, methods.get(name) or {}, "methods") for name in known}
+    found = {name: _resolve(name, methods.get(name) or {}, "methods", faults) for name in known}
+    for name in registry.names("pretraining"):
+        if isinstance(architecture := (methods.get(name) or {}).get("architecture"), str):
+            with _noted(faults):
+                _architecture(f"methods.{name}", architecture, run_code=True)
+    return found
 
 
 def _split(given: dict) -> tuple[dict, dict]:
@@ -217,7 +226,7 @@ def _split(given: dict) -> tuple[dict, dict]:
     return {name: entry for name, entry in given.items() if name not in attacks}, attacks
 
 
-def _attack_variants(given: dict, attacks: list[str]) -> dict:
+def _attack_variants(given: dict, attacks: list[str], faults: list[str]) -> dict:
     """What differs from the attack's settings, by variant; not filled up, as data sets have a word in it.
 
     All that paths say of a variant is its name, so the name begins with the attack's (`registry.base`).
@@ -238,11 +247,11 @@ def _attack_variants(given: dict, attacks: list[str]) -> dict:
                 f"config: {where}: a variant of {attack} is called {attack}_<more>, of a-z, 0-9 and _, "
                 "and has no other method's name"
             )
-        _resolve(attack, variant["settings"], where)
+        _resolve(attack, variant["settings"], where, faults)
     return {name: variant["settings"] for name, variant in given.items()}
 
 
-def _variants(given: dict, methods: dict, trusted: dict) -> dict:
+def _variants(given: dict, methods: dict, trusted: dict, faults: list[str]) -> dict:
     """Every way to run a defence, by name: each as it is, and the configuration's variants of them."""
     defenses = registry.names("defenses")
     found = {name: {"defense": name} for name in defenses}
@@ -255,15 +264,19 @@ def _variants(given: dict, methods: dict, trusted: dict) -> dict:
         )
         _known(f"{where}.defense", variant["defense"], ["tcore", *defenses])
         found[name] = variant
-    return {name: _variant(f"variants.{name}", variant, methods, trusted) for name, variant in found.items()}
+    return {
+        name: _variant(f"variants.{name}", variant, methods, trusted, faults)
+        for name, variant in found.items()
+    }
 
 
-def _variant(where: str, variant: dict, methods: dict, trusted: dict) -> dict:
+def _variant(where: str, variant: dict, methods: dict, trusted: dict, faults: list[str]) -> dict:
     defense, oracle = variant["defense"], variant.get("oracle", False)
     if defense == "tcore":
         if other := sorted(set(variant) - {"defense", "settings"}):
             raise InputError(f"config: {where}.{other[0]}: of T-Core only the stages' settings vary")
-        return {"defense": defense, "kind": "tcore"} | _stages(where, variant.get("settings") or {}, methods)
+        given = variant.get("settings") or {}
+        return {"defense": defense, "kind": "tcore"} | _stages(where, given, methods, faults)
     declared = settings.constants(registry.path("defenses", defense))
     if not isinstance(oracle, bool):
         raise InputError(f"config: {where}.oracle = {oracle!r} should be true or false")
@@ -277,13 +290,12 @@ def _variant(where: str, variant: dict, methods: dict, trusted: dict) -> dict:
     if "part" in variant and not declared.get("TRAINS"):
         raise InputError(f"config: {where}.part: {defense} trains no network of its own")
     overrides = methods.get(defense, {}) | (variant.get("settings") or {})
-    selection = settings.complete(SELECTION, variant.get("selection"), f"{where}.selection")
-    _known(f"{where}.selection.rule", selection["rule"], settings.constants(SELECTION)["RULES"])
+    selection = _complete(SELECTION, variant.get("selection"), f"{where}.selection", faults)
     return {
         "defense": defense,
         "kind": declared["KIND"],
         "inputs": declared.get("INPUTS", False),
-        "settings": _resolve(defense, overrides, where),
+        "settings": _resolve(defense, overrides, where, faults),
         "part": part,
         "selection": selection,
         "oracle": declared["ORACLE"] if oracle else (),
@@ -293,12 +305,12 @@ def _variant(where: str, variant: dict, methods: dict, trusted: dict) -> dict:
     }
 
 
-def _stages(where: str, given: dict, methods: dict) -> dict:
+def _stages(where: str, given: dict, methods: dict, faults: list[str]) -> dict:
     """The settings of T-Core's stages for a variant, and those stages that run anew for it: from the first
     that differs on, and the last in any case, whose model is the variant's."""
     _mapping(f"{where}.settings", given, (), optional=grid.STAGES)
     found = {
-        stage: _resolve(stage, methods[stage] | (given.get(stage) or {}), f"{where}.settings")
+        stage: _resolve(stage, methods[stage] | (given.get(stage) or {}), f"{where}.settings", faults)
         for stage in grid.STAGES
     }
     differ = [found[stage] != methods[stage] for stage in grid.STAGES[:-1]]
@@ -317,10 +329,27 @@ def _trusted(where: str, given: dict, default: dict) -> dict:
     return found
 
 
-def _resolve(method: str, overrides: dict, where: str) -> dict:
+def _resolve(method: str, overrides: dict, where: str, faults: list[str]) -> dict:
+    """The settings in full; where some are wrong, `faults` gets what is wrong and they are the defaults."""
     if not isinstance(overrides, dict):
         raise InputError(f"config: {where}: settings of {method} are a mapping, not {overrides!r}")
-    return settings.resolve(method, overrides, where)
+    return _complete(settings.methods().get(method), overrides, f"{where}.{method}", faults)
+
+
+def _complete(path: Path | None, overrides: dict | None, where: str, faults: list[str]) -> dict:
+    """The same for any source file, such as `_selection.py`, which is no method."""
+    with _noted(faults):
+        return settings.complete(path, overrides, where)
+    return settings.complete(path, None, where)
+
+
+@contextmanager
+def _noted(faults: list[str]) -> Iterator[None]:
+    """An InputError in the block goes to `faults` and ends the block alone."""
+    try:
+        yield
+    except InputError as error:
+        faults.append(str(error))
 
 
 def _targets(name: str, entry: dict, scenarios: list[str]) -> None:

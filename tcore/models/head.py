@@ -20,12 +20,12 @@ from tcore import seeds
 
 @dataclass(frozen=True)
 class Settings:
-    hidden: tuple[int, int] = (512, 256)  # widths of the first two layers [BadEncoder]
-    dropout: float = 0.5  # after the first layer, in training [BadEncoder]
+    hidden: tuple[int, int] = (512, 256)  # widths of the first two layers, in [1, inf) [BadEncoder]
+    dropout: float = 0.5  # after the first layer, in training, in [0, 1] [BadEncoder]
     normalize: bool = True  # L2-normalise features before the head [BadEncoder]
-    lr: float = 1e-4  # Adam's rate [BadEncoder]
-    batch: int = 64  # images a step [BadEncoder]
-    epochs: int = 500  # passes over the cached features [BadEncoder]
+    lr: float = 1e-4  # Adam's rate, in (0, inf) [BadEncoder]
+    batch: int = 64  # images a step, in [1, inf) [BadEncoder]
+    epochs: int = 500  # passes over the cached features, in [1, inf) [BadEncoder]
 
 
 class Head(nn.Module):

@@ -30,18 +30,18 @@ from tcore.pretraining._loop import new_encoder, train
 @dataclass(frozen=True)
 class Settings:
     architecture: str = "resnet18_224"  # a name in tcore/models/encoder.py
-    epochs: int = 200  # passes over the unlabelled images [SSLBackdoor]
-    batch: int = 256  # images a step, two views each [SSLBackdoor]
-    lr: float = 0.06  # SGD's rate at its peak [SSLBackdoor]
-    momentum: float = 0.9  # of SGD [SSLBackdoor]
-    weight_decay: float = 1e-4  # of SGD [SSLBackdoor]
-    temperature: float = 0.2  # T of InfoNCE [SSLBackdoor]
-    queue: int = 65_536  # K, keys of earlier batches [SSLBackdoor]
-    inertia: float = 0.999  # m, of the copy of the encoder [SSLBackdoor]
-    projection: int = 128  # width of the projection [SSLBackdoor]
-    crop_min: float = 0.2  # smallest crop, as a share of the image's area [SSLBackdoor]
-    jitter: float = 0.4  # colour jitter strength [SSLBackdoor]
-    blur: float = 0.5  # probability of a blur of 0.1 to 2 pixels at 224 px [SSLBackdoor]
+    epochs: int = 200  # passes over the unlabelled images, in [1, inf) [SSLBackdoor]
+    batch: int = 256  # images a step, two views each, in [1, inf) [SSLBackdoor]
+    lr: float = 0.06  # SGD's rate at its peak, in (0, inf) [SSLBackdoor]
+    momentum: float = 0.9  # of SGD, in [0, 1) [SSLBackdoor]
+    weight_decay: float = 1e-4  # of SGD, in [0, inf) [SSLBackdoor]
+    temperature: float = 0.2  # T of InfoNCE, in (0, inf) [SSLBackdoor]
+    queue: int = 65_536  # K, keys of earlier batches, in [1, inf) [SSLBackdoor]
+    inertia: float = 0.999  # m, of the copy of the encoder, in [0, 1] [SSLBackdoor]
+    projection: int = 128  # width of the projection, in [1, inf) [SSLBackdoor]
+    crop_min: float = 0.2  # smallest crop, as a share of the image's area, in (0, 1] [SSLBackdoor]
+    jitter: float = 0.4  # colour jitter strength, in [0, 1] [SSLBackdoor]
+    blur: float = 0.5  # probability of a blur of 0.1 to 2 pixels at 224 px, in [0, 1] [SSLBackdoor]
 
 
 def info_nce(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) -> Tensor:

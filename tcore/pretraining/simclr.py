@@ -29,14 +29,14 @@ from tcore.pretraining._loop import train as loop
 @dataclass(frozen=True)
 class Settings:
     architecture: str = "resnet18"  # a name in tcore/models/encoder.py
-    epochs: int = 1000  # passes over the unlabelled images [BadEncoder]
-    batch: int = 256  # images a step, two views each [BadEncoder]
-    lr: float = 1e-3  # Adam's rate at its peak [BadEncoder]
-    weight_decay: float = 1e-6  # Adam's L2 penalty [BadEncoder]
-    temperature: float = 0.5  # T of NT-Xent [BadEncoder]
-    projection: int = 128  # width of the projection [BadEncoder]
-    crop_min: float = 0.08  # smallest crop, as a share of the image's area [BadEncoder]
-    jitter: float = 0.4  # colour jitter strength [BadEncoder]
+    epochs: int = 1000  # passes over the unlabelled images, in [1, inf) [BadEncoder]
+    batch: int = 256  # images a step, two views each, in [2, inf) [BadEncoder]
+    lr: float = 1e-3  # Adam's rate at its peak, in (0, inf) [BadEncoder]
+    weight_decay: float = 1e-6  # Adam's L2 penalty, in [0, inf) [BadEncoder]
+    temperature: float = 0.5  # T of NT-Xent, in (0, inf) [BadEncoder]
+    projection: int = 128  # width of the projection, in [1, inf) [BadEncoder]
+    crop_min: float = 0.08  # smallest crop, as a share of the image's area, in (0, 1] [BadEncoder]
+    jitter: float = 0.4  # colour jitter strength, in [0, 1] [BadEncoder]
 
 
 def nt_xent(z: Tensor, temperature: float) -> Tensor:

@@ -48,18 +48,18 @@ WRONG_LABELS = ("shifted", "random")
 
 @dataclass(frozen=True)
 class Settings:
-    subset_share: float = 0.1  # q, size of the clean subset as a share of D [paper: 4.1.2; 5.2 says 0.2]
-    round_share: float = 0.05  # r_expand, share of the rest added per round [paper: App. A]
+    subset_share: float = 0.1  # q, the clean subset's share of D, in (0, 1] [paper: 4.1.2; 5.2 says 0.2]
+    round_share: float = 0.05  # r_expand, share of the rest added per round, in (0, 1] [paper: App. A]
     per_class: bool = True  # rank losses within each class [paper: over all classes]
-    trust: float = 0.1  # lambda of eq. 3, weight of the untrusted data [open; CT 0.05]
-    wrong_label: str = "shifted"  # shifted: prediction plus a rotating offset; random: any other class [open]
-    epochs: int | None = None  # head training before each confusion; null: as the user's head [open]
-    steps: int = 2000  # confusion steps; 0: the loss of the head as trained, without confusion [open]
-    lr: float = 3e-3  # SGD's rate in confusion, momentum 0.9 [open; CT 0.001]
-    batch: int = 128  # images of either kind per confusion step [open]
+    trust: float = 0.1  # lambda of eq. 3, weight of the untrusted data, in [0, 1] [open; CT 0.05]
+    wrong_label: str = "shifted"  # one of shifted, random: prediction plus rotating offset, any other [open]
+    epochs: int | None = None  # head training before confusion, in [0, inf); null: as the user's head [open]
+    steps: int = 2000  # confusion steps, in [0, inf); 0: the trained head's loss, no confusion [open]
+    lr: float = 3e-3  # SGD's rate in confusion, momentum 0.9, in (0, inf) [open; CT 0.001]
+    batch: int = 128  # images of either kind per confusion step, in [1, inf) [open]
     within_core: bool = True  # only samples of sifting's core can join [ours]
-    witnesses: int = 0  # heads trained on the clean subset alone that are asked too [ours]
-    witness_steps: int = 600  # a witness's training, rounded up to whole passes [ours]
+    witnesses: int = 0  # heads trained on the clean subset alone that are asked too, in [0, inf) [ours]
+    witness_steps: int = 600  # a witness's training, rounded up to whole passes, in [1, inf) [ours]
 
 
 def confuse(

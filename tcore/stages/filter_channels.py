@@ -40,15 +40,15 @@ from tcore.models.head import batches
 
 @dataclass(frozen=True)
 class Settings:
-    untrusted_share: float = 0.1  # channels called untrusted, per layer [paper: App. A]
-    rank: str = "masks"  # masks, random or lipschitz: what chooses the channels [paper: masks]
-    stop_accuracy: float = 0.2  # unlearning ends below this accuracy; keep above 1/classes [paper: App. A]
-    unlearn_lr: float = 0.01  # SGD's rate, momentum 0.9, gradient norm clipped at 20 [open; RNP]
-    unlearn_epochs: int = 20  # unlearning ends here at the latest [open; RNP]
-    window: int = 10  # batches over which unlearning watches its accuracy [open]
-    epochs: int = 120  # recovery passes over the clean subset [paper: App. A]
-    lr: float = 0.01  # Adam's rate in recovery [paper: App. A]
-    batch: int = 128  # images a step [paper: Table 17]
+    untrusted_share: float = 0.1  # channels called untrusted, per layer, in [0, 1] [paper: App. A]
+    rank: str = "masks"  # what chooses the channels, one of masks, random, lipschitz [paper: masks]
+    stop_accuracy: float = 0.2  # unlearning ends below it, in [0, inf); keep above 1/classes [paper: App. A]
+    unlearn_lr: float = 0.01  # SGD's rate, momentum 0.9, gradient norm clipped at 20, in [0, inf) [open; RNP]
+    unlearn_epochs: int = 20  # unlearning ends here at the latest, in [0, inf) [open; RNP]
+    window: int = 10  # batches over which unlearning watches its accuracy, in [1, inf) [open]
+    epochs: int = 120  # recovery passes over the clean subset, in [1, inf) [paper: App. A]
+    lr: float = 0.01  # Adam's rate in recovery, in (0, inf) [paper: App. A]
+    batch: int = 128  # images a step, in [1, inf) [paper: Table 17]
 
 
 RANKS = ("masks", "random", "lipschitz")

@@ -39,13 +39,13 @@ RULES = ("invariance", "random")
 
 @dataclass(frozen=True)
 class Settings:
-    seed_share: float = 0.01  # alpha, share of each class that becomes seed samples [paper: App. A]
-    rule: str = "invariance"  # invariance or random: what chooses the seed samples [paper: invariance]
-    neighbours: int = 50  # m, nearest neighbours per layer [paper: App. A]
-    min_samples: int = 5  # DBSCAN's core-point count, the point itself included [open]
-    majority: float = 0.5  # share of a class in the largest cluster, which sets DBSCAN's radius [open]
-    depths: tuple[float, ...] = (0.25, 0.5, 0.75)  # of the encoder, for the majority rule; paper: none [ours]
-    block: int = 256  # rows per block of the neighbour search (memory: some block x n floats)
+    seed_share: float = 0.01  # alpha, share of each class that becomes seeds, in (0, 1] [paper: App. A]
+    rule: str = "invariance"  # what chooses the seed samples, one of invariance, random [paper: invariance]
+    neighbours: int = 50  # m, nearest neighbours per layer, in [1, inf) [paper: App. A]
+    min_samples: int = 5  # DBSCAN's core-point count, the point itself included, in [1, inf) [open]
+    majority: float = 0.5  # share of a class in its largest cluster, in (0, 1]; sets DBSCAN's radius [open]
+    depths: tuple[float, ...] = (0.25, 0.5, 0.75)  # of the encoder, for B_k, in [0, 1); paper: none [ours]
+    block: int = 256  # rows per block of the neighbour search (memory: some block x n floats), in [1, inf)
 
 
 def activations(model: Classifier, features: Tensor, images: Tensor, settings: Settings) -> list[Tensor]:

@@ -86,7 +86,7 @@ CLASSES = (
 
 @dataclass(frozen=True)
 class Settings:
-    image_size: int = 32  # height and width in pixels
+    image_size: int = 32  # height and width in pixels, in [1, inf)
 
 
 @contextmanager

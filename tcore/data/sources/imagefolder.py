@@ -24,10 +24,10 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".
 @dataclass(frozen=True)
 class Settings:
     path: str = ""  # the folder, relative to the working directory
-    image_size: int = 224  # height and width in pixels
+    image_size: int = 224  # height and width in pixels, in [1, inf)
     classes: str | None = None  # file with one class folder a line; null: all folders
-    test_share: float = 0.2  # share of every class held out where there is no test folder
-    seed: int = 0  # of the held-out share; a run's random seed does not change the data
+    test_share: float = 0.2  # share of every class held out where there is no test folder, in (0, 1)
+    seed: int = 0  # of the held-out share, in [0, inf); a run's random seed does not change the data
 
 
 def _classes(settings: Settings, folder: Path) -> tuple[str, ...]:

@@ -17,9 +17,9 @@ SIDE = 28
 
 @dataclass(frozen=True)
 class Settings:
-    image_size: int = 32  # height and width in pixels, at least 28
-    test_share: float = 0.2  # share of every class held out for the test
-    seed: int = 0  # of the split; a run's random seed does not change the data
+    image_size: int = 32  # height and width in pixels, in [28, inf)
+    test_share: float = 0.2  # share of every class held out for the test, in (0, 1)
+    seed: int = 0  # of the split, in [0, inf); a run's random seed does not change the data
 
 
 def load(settings: Settings, archives: dict) -> dict[str, ImageSet]:

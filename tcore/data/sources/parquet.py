@@ -36,11 +36,11 @@ class Settings:
     image_column: str = "image"  # encoded images or paths to image files
     label_column: str = "label"  # classes, as numbers or as text
     split_column: str | None = "split"  # 'train', 'test' or 'val'; null: hold out test_share
-    image_size: int | None = None  # height and width in pixels; null: as stored
-    max_train: int | None = None  # training images kept; null: all
-    max_test: int | None = None  # test images kept; null: all
-    test_share: float = 0.2  # share of every class held out without a split column
-    seed: int = 0  # of the sample and the held-out share; a run's random seed does not change the data
+    image_size: int | None = None  # height and width in pixels, in [1, inf); null: as stored
+    max_train: int | None = None  # training images kept, in [1, inf); null: all
+    max_test: int | None = None  # test images kept, in [1, inf); null: all
+    test_share: float = 0.2  # share of every class held out without a split column, in (0, 1)
+    seed: int = 0  # of sample and held-out share, in [0, inf); a run's random seed does not change the data
 
 
 def _table(settings: Settings) -> pa.Table:

@@ -30,11 +30,11 @@ BLOCK = 2000
 
 @dataclass(frozen=True)
 class Settings:
-    train: int = 4000  # training images
-    test: int = 1000  # test images
-    image_size: int = 32  # height and width in pixels
+    train: int = 4000  # training images, in [1, inf)
+    test: int = 1000  # test images, in [1, inf)
+    image_size: int = 32  # height and width in pixels, in [2, inf)
     open: bool = False  # true: every image is a sign of its own, without labels
-    seed: int = 0  # of the drawing; a run's random seed does not change the data
+    seed: int = 0  # of the drawing, in [0, inf); a run's random seed does not change the data
 
 
 def _rgb(hue: float, saturation: float, value: float) -> tuple[float, float, float]:

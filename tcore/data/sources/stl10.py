@@ -27,7 +27,7 @@ SIDE = 96
 
 @dataclass(frozen=True)
 class Settings:
-    image_size: int = 32  # height and width in pixels; 96 keeps the images as they are
+    image_size: int = 32  # height and width in pixels, in [1, inf); 96 keeps the images as they are
     unlabeled: bool = False  # true: train on the unlabelled part, labels -1
 
 

@@ -39,7 +39,7 @@ CAPTION = (
 
 @dataclass(frozen=True)
 class Settings:
-    step: float = 0.01  # from one share to the next, up to 1 [open]
+    step: float = 0.01  # from one share to the next, up to 1, in (0, 1] [open]
 
 
 def smallest(loss: np.ndarray, is_poison: np.ndarray, part: float) -> dict[str, float]:

@@ -34,7 +34,7 @@ CAPTION = (
 
 @dataclass(frozen=True)
 class Settings:
-    epochs: int = 10  # passes up to which the loss is followed [open]
+    epochs: int = 10  # passes up to which the loss is followed, in [1, inf) [open]
 
 
 def measure(victim: Victim, settings: dict) -> pd.DataFrame:

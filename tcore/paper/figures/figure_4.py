@@ -38,8 +38,8 @@ CAPTION = (
 
 @dataclass(frozen=True)
 class Settings:
-    highest: float = 10.0  # the largest u; the smallest is 0 [paper]
-    step: float = 0.1  # between one u and the next [paper]
+    highest: float = 10.0  # the largest u, in (0, inf); the smallest is 0 [paper]
+    step: float = 0.1  # between one u and the next, in (0, inf) [paper]
 
 
 def measure(victim: Victim, settings: dict) -> pd.DataFrame:

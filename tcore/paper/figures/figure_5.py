@@ -52,9 +52,9 @@ COLUMNS = ["network", "depth", "layer", "channel", "bound", "change", "n", "corr
 
 @dataclass(frozen=True)
 class Settings:
-    epochs: int = 20  # of training end to end [open]
-    batch: int = 64  # images a step [open]
-    lr: float = 0.05  # SGD's rate at its peak [open]
+    epochs: int = 20  # of training end to end, in [1, inf) [open]
+    batch: int = 64  # images a step, in [1, inf) [open]
+    lr: float = 0.05  # SGD's rate at its peak, in (0, inf) [open]
 
 
 def bounds(encoder: Encoder) -> dict[str, Tensor]:

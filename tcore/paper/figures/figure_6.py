@@ -39,8 +39,8 @@ CAPTION = (
 
 @dataclass(frozen=True)
 class Settings:
-    longest: float = 0.2  # the longest tail, as a share of the class [paper]
-    step: float = 0.01  # from one tail to the next [open]
+    longest: float = 0.2  # the longest tail, as a share of the class, in (0, 1] [paper]
+    step: float = 0.01  # from one tail to the next, in (0, 1] [open]
 
 
 def largest(loss: np.ndarray, is_poison: np.ndarray, tail: float) -> dict[str, float]:
