@@ -1,6 +1,7 @@
 """The configuration: what is refused and what the message says, and that the reference is up to date."""
 
 import copy
+import json
 import runpy
 import subprocess
 import sys
@@ -9,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from jsonschema import Draft202012Validator  # Snakemake brings it
 
 from tcore.experiment import grid, registry
-from tcore.experiment.config import validate
+from tcore.experiment.config import KEYS, OF_DATASET, OF_ENCODER, OPTIONAL, validate
 from tcore.experiment.settings import resolve
 from tcore.files import InputError
 
@@ -246,7 +248,77 @@ def test_planning_needs_no_torch():
 
 def test_the_reference_is_up_to_date():
     written = runpy.run_path(str(ROOT / "scripts/tools/config_reference.py"))
-    assert written["PAGE"].read_text() == written["page"](), "run: python scripts/tools/config_reference.py"
+    for file, text in (("PAGE", "page"), ("SCHEMA", "schema_file")):
+        assert written[file].read_text() == written[text](), "run: python scripts/tools/config_reference.py"
+
+
+SCHEMA = json.loads((ROOT / "config/schema.json").read_text())
+
+
+def refused(given: dict) -> set[str]:
+    """The places that the schema finds wrong."""
+    return {error.json_path.removeprefix("$.") for error in Draft202012Validator(SCHEMA).iter_errors(given)}
+
+
+def test_the_schema_knows_the_keys_that_the_code_knows():
+    Draft202012Validator.check_schema(SCHEMA)
+
+    def entry(key: str) -> set[str]:
+        (found,) = SCHEMA["properties"][key]["patternProperties"].values()
+        return set(found["properties"])
+
+    assert set(SCHEMA["properties"]) == {*KEYS, *OPTIONAL}
+    assert entry("datasets") == {"source", *OF_DATASET}
+    assert entry("encoders") == {*OF_ENCODER, "run_code"}
+    assert set(SCHEMA["properties"]["methods"]["properties"]) == set(validate(CONFIG)["methods"])
+
+
+@pytest.mark.parametrize("name", [p.name for p in (ROOT / "config").glob("*.yaml")])
+def test_the_schema_accepts_every_configuration(name):
+    text = (ROOT / "config" / name).read_text()
+    assert text.startswith("# yaml-language-server: $schema=schema.json\n")
+    assert refused(yaml.safe_load(text)) == set()
+
+
+def test_the_schema_refuses_settings_out_of_range():
+    assert refused({"methods": OUT_OF_RANGE}) == {
+        f"methods.{method}.{key}" for method, values in OUT_OF_RANGE.items() for key in values
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "place"),
+    [
+        ({"sceds": [0]}, "$"),
+        ({"seeds": [-1]}, "seeds[0]"),
+        ({"scenarios": ["T4"]}, "scenarios[0]"),
+        ({"pairs": [{"pretrain": "a"}]}, "pairs[0]"),
+        ({"dataset_attacks": ["sgi_10"]}, "dataset_attacks[0]"),
+        ({"methods": {"head": {"hidden": [8]}}}, "methods.head.hidden"),
+        ({"methods": {"badencoder": {"size": 0}}}, "methods.badencoder.size"),
+        ({"methods": {"sift": {"rule": "best"}}}, "methods.sift.rule"),
+        ({"datasets": {"a": {"source": "signs", "settings": {"train": 0}}}}, "datasets.a.settings.train"),
+        ({"datasets": {"a": {"attacks": {"sig": {"ratio": 1}}}}}, "datasets.a.attacks.sig.ratio"),
+        ({"variants": {"a": {"defense": "ac", "settings": {"u": 1}}}}, "variants.a.settings"),
+        ({"variants": {"a": {"defense": "tcore", "settings": {"rho": 1}}}}, "variants.a.settings"),
+        (
+            {"variants": {"sig_1": {"attack": "sig", "settings": {"delta": -1}}}},
+            "variants.sig_1.settings.delta",
+        ),
+        ({"variants": {"a": {"selection": {"rule": "best"}}}}, "variants.a.selection.rule"),
+        ({"encoders": {"a": {"std": [0.5, 0.5, 0]}}}, "encoders.a.std[2]"),
+    ],
+)
+def test_what_the_schema_refuses(given, place):
+    assert refused(given) == {place}
+
+
+def test_the_schema_accepts_null_and_names_of_ones_own():
+    given = {"badencoder": {"size": None}, "sig": {"ratio": None, "rate": 0.1}, "simclr": None}
+    variants = {"mine": {"defense": "tcore", "settings": {"bootstrap": {"rho": 0.5}}}}
+    lists = {"defenses": ["none", "mine"], "dataset_attacks": ["sig", "sig_10"]}
+    assert refused({"methods": given, "variants": variants, "encoder_seed": None} | lists) == set()
+    assert refused({"methods": {"simclr": {"architecture": "timm:resnet26"}}}) == set()
 
 
 def with_variants(**variants) -> dict:
