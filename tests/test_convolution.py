@@ -8,6 +8,8 @@ from torch import nn
 
 from tcore.device import PRECISION, arithmetic
 from tcore.models import convolution
+from tcore.models import head as heads
+from tcore.models.classifier import Classifier
 from tcore.models.convolution import Convolution
 from tcore.models.encoder import Encoder
 
@@ -78,3 +80,14 @@ def test_the_precision_can_be_set_and_is_the_processors_otherwise(monkeypatch):
     assert arithmetic(torch.device("cuda")) == "bfloat16"
     monkeypatch.setenv(PRECISION, "float32")
     assert arithmetic(torch.device("cuda")) == "float32"
+
+
+def test_the_head_of_a_classifier_computes_in_float32():
+    encoder = Encoder("resnet_tiny", 16)
+    model = Classifier(encoder, heads.new_head(encoder.dim, 3, heads.Settings(hidden=(8, 4)), 0)).eval()
+    x = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            features, found = encoder(x), model(x)
+        assert features.dtype == found.dtype == torch.float32
+        assert torch.equal(found, model.head(features)) and not torch.equal(features, encoder(x))

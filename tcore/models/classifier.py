@@ -13,14 +13,19 @@ from tcore.models.head import Head
 
 
 class Classifier(nn.Module):
-    """Float images in [0, 1], (N, 3, H, W) -> logits (N, C)."""
+    """Float images in [0, 1], (N, 3, H, W) -> logits (N, C).
+
+    The head computes in float32 in any case: bfloat16's three digits leave no order among small losses.
+    """
 
     def __init__(self, encoder: Encoder, head: Head):
         super().__init__()
         self.encoder, self.head = encoder, head
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.encoder(images))
+        features = self.encoder(images).float()
+        with torch.autocast(images.device.type, enabled=False):
+            return self.head(features)
 
 
 @torch.no_grad()

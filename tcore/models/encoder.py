@@ -103,10 +103,10 @@ class Block(nn.Module):
 
 
 class Pool(nn.Module):
-    """The mean over places: (N, d, h, w) -> (N, d)."""
+    """The mean over places, in float32: (N, d, h, w) -> (N, d)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.mean((2, 3))
+        return x.mean((2, 3), dtype=torch.float32)
 
 
 class Encoder(nn.Sequential):
