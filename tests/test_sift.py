@@ -52,6 +52,14 @@ def test_a_point_is_not_its_own_neighbour_but_its_twin_is():
     assert sift.nearest(points, 1, 32).flatten().tolist() == [*range(40, 80), *range(40)]
 
 
+def test_of_equally_near_ones_topk_says_which_and_in_which_order():
+    points = torch.randint(0, 3, (300, 3), generator=torch.Generator().manual_seed(0)).float()
+    centred = points - points.mean(0)
+    distance = centred.square().sum(1) - 2 * centred @ centred.T
+    expected = distance.fill_diagonal_(torch.inf).topk(20, largest=False).indices
+    assert torch.equal(sift.nearest(points, 20, 300), expected)
+
+
 @pytest.mark.parametrize("n, m", [(1, 1), (9, 9), (50, 1), (50, 0), (101, 7), (1000, 60)])
 def test_the_smallest_of_a_row_are_those_that_sorting_finds(n, m):
     values = normal(6, n)
@@ -169,7 +177,7 @@ def unequal(n: int, dim: int, random: np.random.Generator) -> np.ndarray:
     return random.normal(size=(n, dim)) * random.choice([0.01, 1, 30], (n, 1))
 
 
-# Ties and rounding: 0.001 beside 300 is what a matrix product in float32 cannot see
+# Ties, and distances that a matrix product in float32 cannot tell apart
 PLANTED = {
     "one cloud": lambda n, dim, random: random.normal(size=(n, dim)),
     "clouds": lambda n, dim, random: (
@@ -182,6 +190,9 @@ PLANTED = {
     "a walk": lambda n, dim, random: np.cumsum(random.integers(1, 4, (n, dim)), 0),
     "close twins, far off": lambda n, dim, random: (
         random.normal(size=(5, dim))[np.arange(n) % 5] + 1e-3 * random.normal(size=(n, dim)) + 300
+    ),
+    "two places far apart": lambda n, dim, random: (
+        1000 * (-1.0) ** np.arange(n)[:, None] + 0.01 * random.normal(size=(n, dim))
     ),
 }
 

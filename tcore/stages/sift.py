@@ -61,7 +61,10 @@ def activations(model: Classifier, features: Tensor, images: Tensor, settings: S
 
 
 def nearest(points: Tensor, m: int, block: int) -> Tensor:
-    """Indices (n, m) of the m nearest other rows of points (n, d), Euclidean, nearest first."""
+    """Indices (n, m) of the m nearest other rows of points (n, d), Euclidean, nearest first.
+
+    `topk` says in which order those at the same distance come, and which of them are the last.
+    """
     points = points - points.mean(0)
     norms = points.square().sum(1)
     found = torch.empty(len(points), m, dtype=torch.long, device=points.device)
@@ -70,7 +73,10 @@ def nearest(points: Tensor, m: int, block: int) -> Tensor:
         product = torch.mm(points[rows], points.T, out=space[: len(rows)])
         distance = torch.sub(norms, product, alpha=2, out=product)  # + |row|^2, the same for a whole row
         distance[torch.arange(len(rows), device=rows.device), rows] = torch.inf
-        found[rows] = smallest(distance, m)[1]
+        values, columns = smallest(distance, m + 1)
+        found[rows] = columns[:, :m]
+        tied = (values[:, 1:] == values[:, :-1]).any(1)
+        found[rows[tied]] = distance[tied].topk(m, largest=False).indices
     return found
 
 
