@@ -64,10 +64,13 @@ class Cloud:
         self.norms = self.centred.square().sum(1)
         self.rounding = (2 * points.shape[1] + 16) * torch.finfo(points.dtype).eps
         everyone = torch.arange(len(points), device=points.device)
-        parts = [self._list(rows, everyone, min_samples) for rows in everyone.split(block)]
-        self.near, self.distance, self.reach, self.kth = (
-            torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True)
-        )
+        n, q = len(points), min(len(points) - 1, max(LISTED, 2 * min_samples))
+        # places for all, as small tensors kept between large ones that go would split up the heap
+        found = (everyone.new_empty(n, q), *(points.new_empty(shape) for shape in ((n, q), n, n)))
+        for rows in everyone.split(block):
+            for whole, part in zip(found, self._list(rows, everyone, q, min_samples), strict=True):
+                whole[rows] = part
+        self.near, self.distance, self.reach, self.kth = (whole.cpu().numpy() for whole in found)
 
     def _below(self, rows: Tensor, columns: Tensor | slice) -> Tensor:
         """Lower bounds (b, c) on the squared distances between points `rows` and `columns`."""
@@ -75,9 +78,8 @@ class Cloud:
         product = self.centred[rows] @ self.centred[columns].T
         return torch.sub(norms[columns], product, alpha=2, out=product).add_(norms[rows, None])
 
-    def _list(self, rows: Tensor, everyone: Tensor, min_samples: int) -> tuple[Tensor, ...]:
+    def _list(self, rows: Tensor, everyone: Tensor, q: int, min_samples: int) -> tuple[Tensor, ...]:
         """`near`, `distance`, `reach`, `kth` of points `rows`."""
-        q = min(len(everyone) - 1, max(LISTED, 2 * min_samples))
 
         def kth() -> Tensor:
             itself = distance.new_zeros(len(rows), 1)

@@ -83,17 +83,18 @@ def nearest(points: Tensor, m: int, block: int) -> Tensor:
 def consistency(layers: list[Tensor], labels: Tensor, m: int, block: int) -> tuple[Tensor, Tensor]:
     """For each sample: s(x), (n,) int64, and the mean distance at layer 1 to the neighbours counted."""
     lists = [nearest(layer, m, block).split(block) for layer in layers]
-    scores, spreads = [], []
+    # places for all, as small tensors kept between large ones that go would split up the heap
+    score, spread = torch.empty_like(labels, dtype=torch.long), layers[0].new_empty(len(labels))
     for rows, first, *others in zip(
         torch.arange(len(labels), device=labels.device).split(block), *lists, strict=True
     ):
         shared = labels[first] == labels[rows, None]
         for other in others:
             shared &= (first[:, :, None] == other[:, None]).any(2)
-        distance = (layers[0][rows, None] - layers[0][first]).norm(dim=2)
-        scores.append(shared.sum(1))
-        spreads.append((distance * shared).sum(1) / shared.sum(1).clamp(min=1))
-    return torch.cat(scores), torch.cat(spreads)
+        distance = layers[0][first].sub_(layers[0][rows, None]).norm(dim=2)
+        score[rows] = shared.sum(1)
+        spread[rows] = (distance * shared).sum(1) / score[rows].clamp(min=1)
+    return score, spread
 
 
 def sift(layers: list[Tensor], labels: Tensor, settings: Settings, seed: int = 0) -> pd.DataFrame:
