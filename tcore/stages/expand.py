@@ -6,6 +6,7 @@ data while it learns wrong labels for the trusted samples,
     min over the head   lambda CE(h(X), Y) + (1 - lambda) CE(h(X'), Y*)           (eq. 3)
     (X, Y) of D \\ Dsub,  X' of Dsub with wrong labels Y*
 
+in bfloat16 where the processor has it (`precision`),
 so it forgets the clean mapping and keeps the poisons': samples with a large loss under their
 own label are clean. Each round adds the `round_share` of D \\ Dsub with the largest loss,
 until Dsub holds `subset_share` of D. The encoder is frozen; all runs on cached features.
